@@ -1,0 +1,21 @@
+"""Shared fixtures; eight CPU devices, so that meshes can be tested without hardware."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder with Tiny Shakespeare, GPT-2's BPE files and golden ids."""
+    folder = os.environ.get("GPT2_JAX_TEST_DATA", "")
+    if not folder:
+        pytest.skip("GPT2_JAX_TEST_DATA is not set: the test data sets are not here")
+    return pathlib.Path(folder)
