@@ -1,0 +1,51 @@
+"""Causal multi-head self-attention.
+
+Shapes: B batch, T length (queries), S length (keys), D width, H heads, K = D/H head dimension.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.layers import Projection
+from gpt2_jax.sharding import constrain
+
+
+def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array) -> jax.Array:
+    """Softmax over the keys at or before each query: `[B, H, T, S]`, in float32 or wider, T = S."""
+    exact = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=exact)
+    scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
+    length = q_BTHK.shape[1]
+    causal_TS = jnp.tril(jnp.ones((length, length), bool))
+    # Masked in float32 by replacement: adding a large negative number would round in bfloat16.
+    scores_BHTS = jnp.where(causal_TS[None, None], scores_BHTS, jnp.finfo(exact).min)
+    return jax.nn.softmax(scores_BHTS, axis=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Fused projection to queries, keys and values; attention; output projection."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        B, T, D = x_BTD.shape
+        H, K = config.n_head, config.n_embd // config.n_head
+        # [D, 3, D] is GPT-2's [D, 3D] with its thirds named, so that tensor parallelism splits heads, not thirds.
+        qkv_BT3D = Projection(
+            (3, D), ("embed", "qkv", "heads"), config.initializer_range, dtype, name="c_attn"
+        )(x_BTD)
+        q_BTHK, k_BTHK, v_BTHK = (
+            constrain(qkv_BT3D[:, :, third].reshape(B, T, H, K), "batch", "length", "heads", "head_dim")
+            for third in range(3)
+        )
+        weights_BHTS = attention_weights(q_BTHK, k_BTHK)
+        weights_BHTS = nn.Dropout(config.attn_pdrop)(weights_BHTS, deterministic=deterministic)
+        out_BTHK = jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(dtype), v_BTHK)
+        residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
+        return Projection((D,), ("heads", "embed"), residual_std, dtype, name="c_proj")(out_BTHK.reshape(B, T, D))

@@ -1,0 +1,50 @@
+"""A transformer block: attention and MLP, each behind a LayerNorm and added to the residual stream.
+
+Shapes: B batch, T length, D width, F = 4D.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.attention import CausalSelfAttention
+from gpt2_jax.model.layers import LayerNorm, Projection
+from gpt2_jax.sharding import constrain
+
+
+class Mlp(nn.Module):
+    """Two projections with the tanh approximation of GELU between them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        D, F = config.n_embd, 4 * config.n_embd
+        x_BTF = Projection((F,), ("embed", "mlp"), config.initializer_range, dtype, name="c_fc")(x_BTD)
+        x_BTF = constrain(nn.gelu(x_BTF, approximate=True), "batch", "length", "mlp")
+        residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
+        return Projection((D,), ("mlp", "embed"), residual_std, dtype, name="c_proj")(x_BTF)
+
+
+class Block(nn.Module):
+    """One layer of GPT-2, in the form that `nn.scan` wants: carry in, (carry, nothing) out."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dropout = nn.Dropout(config.resid_pdrop)
+
+        y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, name="ln_1")(x_BTD)
+        y_BTD = CausalSelfAttention(config, name="attn")(y_BTD, deterministic)
+        x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
+
+        y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, name="ln_2")(x_BTD)
+        y_BTD = Mlp(config, name="mlp")(y_BTD)
+        x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
+        return constrain(x_BTD, "batch", "length", None), None

@@ -1,0 +1,137 @@
+"""GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), exactly.
+
+The parameters are a nested dict under GPT-2's names, kernels `[in, out]`, layers stacked on a leading axis:
+
+    wte/embedding [V', D]   wpe/embedding [P, D]   ln_f/{scale, bias} [D]
+    h/ln_1, h/ln_2 {scale, bias} [L, D]
+    h/attn/c_attn {kernel [L, D, 3, D], bias [L, 3, D]}   (queries, keys, values on the axis of 3)
+    h/attn/c_proj {kernel [L, D, D], bias [L, D]}
+    h/mlp/c_fc {kernel [L, D, F], bias [L, F]}   h/mlp/c_proj {kernel [L, F, D], bias [L, D]}
+
+Shapes: B batch, T length, D width, F = 4D, V vocabulary, V' vocabulary padded to a multiple of 128, P positions,
+L layers.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.block import Block
+from gpt2_jax.model.layers import LayerNorm
+from gpt2_jax.sharding import constrain
+
+Params = dict[str, Any]
+
+_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the token table: a multiple of 128, whatever the mesh, so that tensor parallelism can split them."""
+    return -(-vocab_size // 128) * 128
+
+
+def logits_from_hidden(x_ND: jax.Array, wte_VD: jax.Array, vocab_size: int) -> jax.Array:
+    """Scores `[N, V']` of the tied output head, in float32 or wider; those of padding rows are -inf.
+
+    Args:
+      x_ND: final hidden states, in the type of the matrix product.
+      wte_VD: token table with its padding rows.
+      vocab_size: rows that are tokens.
+    """
+    exact = jnp.promote_types(x_ND.dtype, jnp.float32)
+    logits_NV = jnp.einsum("nd,vd->nv", x_ND, wte_VD.astype(x_ND.dtype), preferred_element_type=exact)
+    real_V = jnp.arange(wte_VD.shape[0]) < vocab_size
+    return jnp.where(real_V[None], logits_NV, -jnp.inf)
+
+
+class _Table(nn.Module):
+    """A lookup table whose rows from `used` on are padding, zero at the start."""
+
+    rows: int
+    used: int
+    width: int
+    std: float
+    axes: tuple[str, str]
+
+    def setup(self) -> None:
+        def init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+            drawn = self.std * jax.random.normal(key, (self.used, self.width), dtype)
+            return jnp.pad(drawn, ((0, self.rows - self.used), (0, 0)))
+
+        self.embedding = self.param("embedding", nn.with_logical_partitioning(init, self.axes), (self.rows, self.width))
+
+
+class GPT2(nn.Module):
+    """Decoder-only transformer with learned positions, pre-LayerNorm blocks and an output head tied to `wte`.
+
+    Attributes:
+      config: shape and arithmetic; `vocab_size` must be set (not 0).
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        rows = padded_vocab_size(config.vocab_size)
+        self.wte = _Table(rows, config.vocab_size, config.n_embd, config.initializer_range, ("vocab", "embed"))
+        # Half the spread of the tokens, as OpenAI's code has it.
+        wpe_std = config.initializer_range / 2
+        self.wpe = _Table(config.n_positions, config.n_positions, config.n_embd, wpe_std, ("positions", "embed"))
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(2,))
+        self.h = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=config.n_layer,
+            unroll=min(config.scan_unroll, config.n_layer),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config)
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, jnp.dtype(config.dtype))
+        self.dropout = nn.Dropout(config.embd_pdrop)
+
+    def hidden_states(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key."""
+        dtype = jnp.dtype(self.config.dtype)
+        # Gathered along whole rows: XLA handles a table that is split along its width badly.
+        wte_VD = constrain(self.wte.embedding, "vocab", None)
+        tokens_BTD = wte_VD.astype(dtype)[tokens_BT]
+        positions_TD = self.wpe.embedding[: tokens_BT.shape[1]].astype(dtype)
+        x_BTD = self.dropout(tokens_BTD + positions_TD[None], deterministic=deterministic)
+        x_BTD, _ = self.h(constrain(x_BTD, "batch", "length", None), deterministic)
+        return self.ln_f(x_BTD)
+
+    def __call__(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Logits `[B, T, V]` in float32 (float64 if that is the dtype) of the token that follows each position.
+
+        Args:
+          tokens_BT: ids from 0 to vocab_size - 1, at most n_positions per row.
+          deterministic: no dropout; False wants `rngs={"dropout": key}`.
+        """
+        x_BTD = self.hidden_states(tokens_BT, deterministic=deterministic)
+        V = self.config.vocab_size
+        logits_NV = logits_from_hidden(x_BTD.reshape(-1, x_BTD.shape[-1]), self.wte.embedding, V)
+        return logits_NV[:, :V].reshape(*tokens_BT.shape, V)
+
+
+def boxed_init(model: GPT2, key: jax.Array) -> Params:
+    """Random parameters that still carry their logical axes (Flax boxes), as `sharding.tree_shardings` wants them."""
+    return dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def init_params(model: GPT2, key: jax.Array) -> Params:
+    """Random parameters as a nested dict of arrays: normal(0.02), residual projections / sqrt(2 n_layer)."""
+    return nn.unbox(boxed_init(model, key))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the published model (padding rows not counted), from shapes alone."""
+    shapes = jax.eval_shape(lambda: init_params(GPT2(config), jax.random.key(0)))
+    stored = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return stored - (padded_vocab_size(config.vocab_size) - config.vocab_size) * config.n_embd
