@@ -1,0 +1,77 @@
+"""Next-token cross-entropy as a sum and a weight, so that parts add up exactly.
+
+Shapes: B batch, T length, C chunks, N tokens, D width, V' padded vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from gpt2_jax.model.gpt2 import logits_from_hidden
+
+# Logits of one device that are allowed to exist at a time before the loss goes through them in chunks.
+DENSE_LOGITS_BYTES = 512 * 2**20
+
+
+def cross_entropy_sums(
+    x_BTD: jax.Array, wte_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, vocab_size: int, chunk: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Sum over positions of weight * -log p(target), in nats, and the sum of the weights.
+
+    Args:
+      x_BTD: final hidden states.
+      wte_VD: token table with its padding rows, which take no part in the softmax.
+      targets_BT: ids below vocab_size.
+      weights_BT: 0 leaves a position out.
+      vocab_size: rows of the table that are tokens.
+      chunk: positions of a row whose logits exist at a time (a divisor of T); 0: all. Smaller chunks need less memory
+        and compute the logits once more in the backward pass; the value is the same.
+    """
+    B, T, D = x_BTD.shape
+    if chunk in (0, T):
+        return _sums(x_BTD, wte_VD, targets_BT, weights_BT, vocab_size)
+
+    @jax.checkpoint
+    def add_chunk(sums: tuple[jax.Array, jax.Array], chunk_BC: tuple[jax.Array, ...]) -> tuple:
+        x_BCD, targets_BC, weights_BC = chunk_BC
+        loss, weight = _sums(x_BCD, wte_VD, targets_BC, weights_BC, vocab_size)
+        return (sums[0] + loss, sums[1] + weight), None
+
+    # Split along the length, not the batch: the batch stays spread over the devices.
+    chunks = tuple(
+        jnp.moveaxis(array.reshape(B, T // chunk, chunk, *array.shape[2:]), 1, 0)
+        for array in (x_BTD, targets_BT, weights_BT)
+    )
+    exact = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    sums, _ = jax.lax.scan(add_chunk, (jnp.zeros((), exact), jnp.zeros((), weights_BT.dtype)), chunks)
+    return sums
+
+
+def choose_chunk(tokens: int, lengths: Sequence[int], vocab_rows: int, itemsize: int = 4) -> int:
+    """The `chunk` with which one device's logits stay below DENSE_LOGITS_BYTES: 0 if all of them do.
+
+    Args:
+      tokens: positions on the device per (micro)batch.
+      lengths: context lengths that a row may have; the chunk divides each.
+      vocab_rows: rows of the token table on the device.
+      itemsize: bytes per logit.
+    """
+    if tokens * vocab_rows * itemsize <= DENSE_LOGITS_BYTES:
+        return 0
+    most_rows = -(-tokens // min(lengths))
+    fitting = DENSE_LOGITS_BYTES // (most_rows * vocab_rows * itemsize)
+    common = math.gcd(*lengths)
+    return max(chunk for chunk in range(1, common + 1) if common % chunk == 0 and chunk <= max(1, fitting))
+
+
+def _sums(
+    x_BTD: jax.Array, wte_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    logits_NV = logits_from_hidden(x_BTD.reshape(-1, x_BTD.shape[-1]), wte_VD, vocab_size)
+    # The target's logit by comparison, not by a gather: it splits over the vocabulary and needs no scatter backwards.
+    is_target_NV = jnp.arange(logits_NV.shape[1])[None] == targets_BT.reshape(-1, 1)
+    target_N = jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
+    loss_N = jax.nn.logsumexp(logits_NV, axis=1) - target_N
+    return (loss_N * weights_BT.reshape(-1)).sum(), weights_BT.sum()
