@@ -1,0 +1,103 @@
+"""Flags of `train.py`: config file and overrides -> RunConfig -> `gpt2_jax.run.run`."""
+
+import argparse
+import difflib
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gpt2_jax.config_file import describe, load_config
+from gpt2_jax.errors import Gpt2JaxError, UsageError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit code: 0 done, 2 config, 3 data or checkpoint, 4 diverged, 130 interrupted."""
+    try:
+        flags, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
+        config = load_config(flags.config, overrides)
+        if flags.print_config:
+            print(describe(config))
+            return 0
+        _quiet_logs()
+        # Only now, when the flags are known to be right: it takes seconds.
+        from gpt2_jax.run.run import RunOptions, run
+
+        options = RunOptions(
+            workdir=flags.workdir or str(pathlib.Path("runs") / pathlib.Path(flags.config).stem),
+            tensorboard=flags.tensorboard,
+            wandb=flags.wandb,
+            profile=_profile_steps(flags.profile),
+            compile_cache="" if flags.compile_cache == "off" else flags.compile_cache,
+        )
+        run(config, options)
+    except Gpt2JaxError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command resumes from the last saved step", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    parser = _Parser(
+        prog="train.py",
+        description="Trains GPT-2, or resumes the run in --workdir.",
+        epilog="Any key of the config is overridden by --config.SECTION.KEY=VALUE; --print_config shows them all.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    parser.add_argument("--workdir", default="", help="run folder (default: runs/NAME of the config file)")
+    parser.add_argument("--print_config", action="store_true", help="show the resolved config and exit")
+    parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
+    parser.add_argument("--wandb", default="", metavar="PROJECT", help="mirror the metrics to Weights & Biases")
+    parser.add_argument("--profile", default="", metavar="FIRST:LAST", help="profiler trace of these steps")
+    parser.add_argument(
+        "--compile_cache",
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/gpt2_jax/xla"),
+        metavar="DIR",
+        help="folder of compiled programs, or off (default: %(default)s)",
+    )
+    flags, rest = parser.parse_known_args(argv)
+    return flags, _overrides(rest, sorted(parser._option_string_actions))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
+
+
+def _overrides(rest: list[str], known: list[str]) -> dict[str, str]:
+    overrides = {}
+    words = iter(rest)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--config."):
+            near = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, --config.SECTION.KEY"
+            raise UsageError(f"unknown argument {word!r}; {hint}")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise UsageError(f"{flag} has no value: write {flag}=VALUE")
+        overrides[flag.removeprefix("--config.")] = value
+    return overrides
+
+
+def _profile_steps(text: str) -> tuple[int, int] | None:
+    if not text:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UsageError(f"--profile={text}: give the first and last step, as in --profile=10:12")
+    return int(first), int(last)
+
+
+def _quiet_logs() -> None:
+    """Libraries report their routine on the root logger; a run prints its own."""
+    logging.getLogger("absl").setLevel(logging.ERROR)

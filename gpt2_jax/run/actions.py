@@ -1,0 +1,136 @@
+"""What the loop does besides training: report, evaluate, save, sample."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gpt2_jax.config import RunConfig
+from gpt2_jax.data.batches import EvaluationBatches
+from gpt2_jax.decoding.sample import continue_rows
+from gpt2_jax.evaluation.held_out import held_out_loss
+from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.run.checkpoint import Checkpoints
+from gpt2_jax.run.hardware import flops_per_token, memory_in_use, peak_flops
+from gpt2_jax.run.loop import Interval
+from gpt2_jax.run.metrics import MetricWriter
+from gpt2_jax.run.progress import Progress
+from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.training.steps import StepSettings
+from gpt2_jax.training.train_state import TrainState
+
+SAMPLE_TOKENS = 256
+SAMPLE_TEMPERATURE = 0.8
+
+
+class Report:
+    """Turns the sums of an interval into numbers, for the files and for the eye."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, writers: Sequence[MetricWriter], progress: Progress) -> None:
+        self._steps = config.train.steps
+        self._tokens_per_step = config.train.batch_size * config.context_length
+        self._flops = flops_per_token(config.model, config.context_length)
+        device = mesh.local_devices[0]
+        peak = peak_flops(device)
+        # The devices of a CPU share the cores on which its rate was measured.
+        self._peak = peak if peak is None or device.platform == "cpu" else peak * mesh.size
+        self._writers, self._progress = writers, progress
+
+    def __call__(self, step: int, metrics: dict[str, float], interval: Interval) -> None:
+        """See `loop.train`."""
+        rate = interval.tokens / interval.seconds
+        values = {
+            "loss": interval.loss_sum / interval.weight_sum if interval.weight_sum else math.nan,
+            "learning_rate": metrics["learning_rate"],
+            "grad_norm": metrics["grad_norm"],
+            "tokens": float(step * self._tokens_per_step),
+            "tokens_per_second": rate,
+            "memory_gib": memory_in_use() / 2**30,
+        }
+        if self._peak is not None:
+            values["mfu"] = rate * self._flops / self._peak
+        if "loss_scale" in metrics:
+            values |= {"loss_scale": metrics["loss_scale"], "skipped_steps": interval.skipped}
+        for writer in self._writers:
+            writer.write(step, values)
+        self._progress.report(step, values, (self._steps - step) * interval.seconds / interval.steps)
+
+
+class Evaluate:
+    """Measures the held-out loss."""
+
+    def __init__(
+        self,
+        settings: StepSettings,
+        mesh: Mesh,
+        batches: EvaluationBatches,
+        writers: Sequence[MetricWriter],
+        progress: Progress,
+    ) -> None:
+        self._settings, self._mesh, self._batches = settings, mesh, batches
+        self._writers, self._progress = writers, progress
+        self.losses: dict[int, float] = {}
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """See `loop.Action`."""
+        values = held_out_loss(
+            state.eval_params,
+            self._batches,
+            model=self._settings.model,
+            mesh=self._mesh,
+            loss_chunk=self._settings.loss_chunk,
+        )
+        self.losses[step] = values["held_out_loss"]
+        for writer in self._writers:
+            writer.write(step, values)
+        self._progress.say(
+            f"step {step}: held-out loss {values['held_out_loss']:.4f} "
+            f"(perplexity {values['held_out_perplexity']:.2f})"
+        )
+
+
+class Save:
+    """Saves the state, with its held-out loss where that was measured."""
+
+    def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], losses: dict[int, float]) -> None:
+        self._checkpoints, self._meta, self._losses = checkpoints, meta, losses
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """See `loop.Action`."""
+        self._checkpoints.save(state, self._meta, self._losses.get(step))
+
+
+class Sample:
+    """Lets the model write a text, started by end-of-text (without one: by the first held-out token)."""
+
+    def __init__(
+        self, config: RunConfig, model: GPT2, mesh: Mesh, tokenizer: Tokenizer, start: int, folder: pathlib.Path,
+        progress: Progress,
+    ) -> None:
+        self._model, self._tokenizer, self._start = model, tokenizer, start
+        self._key = jax.random.key(config.seed)
+        self._length = min(config.context_length, 1 + SAMPLE_TOKENS)
+        self._rows = mesh.shape["data"] * mesh.shape["fsdp"]  # so that they spread evenly over the devices
+        self._file, self._progress = folder / "samples.txt", progress
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        """See `loop.Action`."""
+        tokens_BT = np.full((self._rows, self._length), self._start, np.int32)
+        temperature = np.float32(SAMPLE_TEMPERATURE)
+        key = jax.random.fold_in(self._key, step)
+        drawn_BT = continue_rows(state.eval_params, tokens_BT, 1, key, temperature, model=self._model)
+        text = self._text(np.asarray(drawn_BT)[0, 1:].tolist())
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(f"--- step {step}\n{text}\n")
+        self._progress.say(f"--- sample after step {step}\n{text}\n---")
+
+    def _text(self, ids: list[int]) -> str:
+        end_of_text = self._tokenizer.end_of_text
+        if end_of_text in ids:
+            ids = ids[: ids.index(end_of_text)]
+        # A model's vocabulary may be larger than the tokenizer's; such ids have no text.
+        return self._tokenizer.decode([token for token in ids if token < self._tokenizer.vocab_size])

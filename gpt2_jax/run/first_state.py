@@ -1,0 +1,60 @@
+"""The state a run starts with: its newest save, else the parameters of `init_from`, else random ones."""
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.config import RunConfig
+from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.run.checkpoint import Checkpoints
+from gpt2_jax.run.load import load
+from gpt2_jax.training.steps import StepSettings
+from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_init, state_shardings
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+
+
+def first_state(
+    config: RunConfig, settings: StepSettings, mesh: Mesh, checkpoints: Checkpoints, fingerprints: dict[str, str]
+) -> TrainState:
+    """The state before the first step of this process.
+
+    Args:
+      config: with the vocabulary filled in.
+      settings: model and optimizer.
+      mesh: devices.
+      checkpoints: of the run folder.
+      fingerprints: of data and tokenizer, as the saves carry them.
+
+    Raises:
+      DataError: a save is damaged or was made with other data.
+      UsageError: the model or tokenizer of `init_from` is another one.
+    """
+    ema = config.optimizer.ema_decay > 0
+    steps = checkpoints.steps()
+    if steps:
+        state, meta = checkpoints.restore(
+            steps[-1], abstract_state(settings.model, settings.optimizer, mesh, ema=ema)
+        )
+        for name, here in fingerprints.items():
+            if meta[name] != here:
+                raise DataError(
+                    f"step {steps[-1]} was saved with {name} {meta[name][:12]}, the run now has {here[:12]}; "
+                    "use another --workdir"
+                )
+        return state
+    state = sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
+    if not config.init_from:
+        return state
+    source, params, tokenizer = load(config.init_from)
+    for key in _SHAPE:
+        here, there = getattr(config.model, key), getattr(source.model, key)
+        if here != there:
+            raise UsageError(f"model.{key}={here}, but init_from={config.init_from} has {there}; set it to {there}")
+    if tokenizer.fingerprint != fingerprints["tokenizer_fingerprint"]:
+        raise UsageError(
+            f"tokenizer.name={config.tokenizer.name} gives other ids than the tokenizer of "
+            f"init_from={config.init_from} ({tokenizer.name}); prepare the data with that one"
+        )
+    shardings = state_shardings(settings.model, settings.optimizer, mesh, ema=ema)
+    placed = jax.device_put(params, shardings.params)
+    return state.replace(params=placed, ema=jax.device_put(params, shardings.ema) if ema else None)

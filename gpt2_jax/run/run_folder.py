@@ -1,0 +1,114 @@
+"""A run folder explains itself: resolved config, tokenizer, where the tokens came from, versions.
+
+    config.json       the resolved config           metrics.jsonl   one line per report
+    run.json          data and versions             samples.txt     text written during training
+    tokenizer/        the tokenizer, whole          loss.png        the loss curve
+    checkpoints/      one folder per saved step
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+from gpt2_jax.config import RunConfig
+from gpt2_jax.config_file import from_json, to_json, values_by_key
+from gpt2_jax.errors import DataError, UsageError
+
+_VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
+
+# Keys that a resumed run may change: they decide how long and how it runs, not what the done steps computed.
+_CHANGEABLE = ("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "data.cache_dir")
+_CHANGEABLE_SECTIONS = ("checkpoint.", "mesh.")
+
+
+def make_folder(path: str) -> pathlib.Path:
+    """The folder, made if need be and proved writable. Raises UsageError before anything else has been done."""
+    folder = pathlib.Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--workdir={path}: {error.strerror} ({error.filename}); choose a folder that can be made and written to"
+        ) from None
+    return folder
+
+
+def write_atomically(file: pathlib.Path, text: str) -> None:
+    """Writes the whole text under a temporary name, then renames it: the file is old or new, never half."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, Any]) -> None:
+    """Writes `run.json`, then `config.json`, whose presence means that the folder holds a run."""
+    versions = {name: _version(name) for name in _VERSIONED}
+    about = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
+    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
+    write_atomically(folder / "config.json", to_json(config))
+
+
+def holds_run(folder: pathlib.Path) -> bool:
+    """Whether a run was started here."""
+    return (folder / "config.json").is_file()
+
+
+def read_config(folder: pathlib.Path) -> RunConfig:
+    """The resolved config of a run. Raises DataError when the folder holds none that can be read."""
+    file = folder / "config.json"
+    try:
+        return from_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{folder} is not a run folder: {file.name}: {error.strerror}") from None
+    except (UsageError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}") from None
+
+
+def read_data(folder: pathlib.Path) -> dict[str, Any]:
+    """What `write_run` was told of the data. Raises DataError when it cannot be read."""
+    file = folder / "run.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["data"])
+    except OSError as error:
+        raise DataError(f"{folder} is not a run folder: {file.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{file} is damaged: it is not JSON with a 'data' object") from None
+
+
+def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) -> None:
+    """Raises UsageError when `wanted` would continue a run with settings that change what its steps compute."""
+    before, after = values_by_key(stored), values_by_key(wanted)
+    changed = [key for key in before if before[key] != after[key] and not _may_change(key, stored, wanted)]
+    if changed:
+        listed = ", ".join(f"{key} {before[key]!r} -> {after[key]!r}" for key in changed)
+        raise UsageError(
+            f"--workdir={folder} holds a run with other settings: {listed}; "
+            "use the stored settings to resume, or another --workdir for a new run"
+        )
+
+
+def _may_change(key: str, stored: RunConfig, wanted: RunConfig) -> bool:
+    if key == "train.steps":  # a longer run continues a shorter one, unless the rate depends on the length
+        return stored.optimizer.schedule == wanted.optimizer.schedule and wanted.optimizer.schedule in (
+            "constant",
+            "inverse_sqrt",
+        )
+    return key in _CHANGEABLE or key.startswith(_CHANGEABLE_SECTIONS)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
