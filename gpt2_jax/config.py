@@ -13,7 +13,12 @@ from gpt2_jax.errors import UsageError
 
 
 def _key(
-    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, below: float | None = None,
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
     """A field with its meaning and the values it may take: `low` <= value <= `high`, value < `below`."""
@@ -48,11 +53,13 @@ class ModelConfig(_Section):
     layer_norm_epsilon: float = _key(1e-5, "added to the variance in each LayerNorm", low=1e-12, high=1)
     initializer_range: float = _key(0.02, "standard deviation of the initial weights", low=0)
     dtype: str = _key(
-        "float32", "type of the matrix products; parameters stay float32 (float64 wants JAX_ENABLE_X64)",
+        "float32",
+        "type of the matrix products; parameters stay float32 (float64 wants JAX_ENABLE_X64)",
         choices=("float32", "bfloat16", "float16", "float64"),
     )
     remat: str = _key(
-        "none", "what the backward pass recomputes: nothing, all but matrix products, each block",
+        "none",
+        "what the backward pass recomputes: nothing, all but matrix products, each block",
         choices=("none", "dots", "full"),
     )
     scan_unroll: int = _key(1, "blocks per iteration of the scan over layers", low=1)
@@ -125,7 +132,8 @@ class OptimizerConfig(_Section):
 
     learning_rate: float = _key(6e-4, "peak of the learning rate, whatever the schedule", low=0)
     schedule: str = _key(
-        "cosine", "course of the rate after the warm-up (wsd: flat, at the end linear over decay_steps)",
+        "cosine",
+        "course of the rate after the warm-up (wsd: flat, at the end linear over decay_steps)",
         choices=("cosine", "linear", "inverse_sqrt", "constant", "wsd"),
     )
     warmup_steps: int = _key(100, "steps of linear warm-up", low=0)
@@ -163,7 +171,8 @@ class TrainConfig(_Section):
     )
     microbatches: int = _key(1, "parts of a batch whose gradients are accumulated one after another", low=1)
     loss_chunk: int = _key(
-        0, "positions whose logits exist at a time; 0: all if they take under 512 MiB per device, else the most that do",
+        0,
+        "positions whose logits exist at a time; 0: all if under 512 MiB per device, else the most that are",
         low=0,
     )
     log_every: int = _key(10, "steps between lines of metrics", low=1)
@@ -241,11 +250,11 @@ class RunConfig(_Section):
                     f"train.loss_chunk={train.loss_chunk} does not divide the context length {length}; allowed: 0 "
                     f"or a divisor, the nearest is {min(_divisors(length), key=lambda d: abs(d - train.loss_chunk))}"
                 )
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self.optimizer, name) > train.steps:
-                raise UsageError(
-                    f"optimizer.{name}={getattr(self.optimizer, name)} is more than train.steps={train.steps}"
-                )
+        if self.optimizer.warmup_steps + self.optimizer.decay_steps > train.steps:
+            raise UsageError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} and decay_steps={self.optimizer.decay_steps} "
+                f"are together more than train.steps={train.steps}"
+            )
         if self.data.windows == "padded" and self.tokenizer.name == "chars":
             raise UsageError(
                 "data.windows=padded pads with end-of-text, which tokenizer.name=chars has not; "
@@ -262,7 +271,7 @@ def _check(key: str, value: Any, field: dataclasses.Field) -> None:
     metadata = field.metadata
     if not metadata:  # a section
         return
-    items = (value,)
+    items: tuple[Any, ...] = (value,)
     if field.type == tuple[int, ...]:
         right = isinstance(value, tuple) and all(type(item) is int for item in value)
         items = value if right else ()

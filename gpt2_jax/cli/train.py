@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -99,5 +100,9 @@ def _profile_steps(text: str) -> tuple[int, int] | None:
 
 
 def _quiet_logs() -> None:
-    """Libraries report their routine on the root logger; a run prints its own."""
+    """Leaves the screen to the run's own lines."""
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # XLA on CPU reports every program that comes from the compile cache as an error, since it takes its own tuning
+    # hints for processor features that are missing. Where only the CPU is there, its log is silenced.
+    if not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -36,8 +36,6 @@ def continue_rows(
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, position)
         drawn_B = jax.vmap(jax.random.categorical)(keys, logits_BV / jnp.maximum(temperature, 1e-6))
         next_B = jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1))
-        return jax.lax.dynamic_update_slice_in_dim(
-            tokens_BT, next_B[:, None].astype(tokens_BT.dtype), position, axis=1
-        )
+        return jax.lax.dynamic_update_slice_in_dim(tokens_BT, next_B[:, None].astype(tokens_BT.dtype), position, axis=1)
 
     return jax.lax.fori_loop(start, tokens_BT.shape[1], fill, tokens_BT)

@@ -37,9 +37,7 @@ class CausalSelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         H, K = config.n_head, config.n_embd // config.n_head
         # [D, 3, D] is GPT-2's [D, 3D] with its thirds named, so that tensor parallelism splits heads, not thirds.
-        qkv_BT3D = Projection(
-            (3, D), ("embed", "qkv", "heads"), config.initializer_range, dtype, name="c_attn"
-        )(x_BTD)
+        qkv_BT3D = Projection((3, D), ("embed", "qkv", "heads"), config.initializer_range, dtype, name="c_attn")(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (
             constrain(qkv_BT3D[:, :, third].reshape(B, T, H, K), "batch", "length", "heads", "head_dim")
             for third in range(3)

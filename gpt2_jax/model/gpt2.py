@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.block import Block
-from gpt2_jax.model.layers import LayerNorm
+from gpt2_jax.model.layers import LayerNorm, parameter
 from gpt2_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -58,11 +58,11 @@ class _Table(nn.Module):
     axes: tuple[str, str]
 
     def setup(self) -> None:
-        def init(key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
+        def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
             drawn = self.std * jax.random.normal(key, (self.used, self.width), dtype)
             return jnp.pad(drawn, ((0, self.rows - self.used), (0, 0)))
 
-        self.embedding = self.param("embedding", nn.with_logical_partitioning(init, self.axes), (self.rows, self.width))
+        self.embedding = parameter(self, "embedding", init, self.axes, (self.rows, self.width))
 
 
 class GPT2(nn.Module):

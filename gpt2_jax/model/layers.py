@@ -3,9 +3,24 @@
 Shapes: B batch, T length, N = B*T tokens, D width.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    axes: tuple[str | None, ...],
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """A float32 parameter of `module` that carries the names of its logical axes when it is initialised."""
+    boxed_init: Any = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed_init, shape)
+
 
 class Projection(nn.Module):
     """An affine map of the last axis, `[B, T, in] -> [B, T, *features]`, with a kernel `[in, *features]`.
@@ -25,16 +40,14 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width = x_BTD.shape[-1]
-        normal = nn.initializers.normal(self.kernel_std)
-        kernel_init = nn.with_logical_partitioning(normal, self.axes)
-        bias_init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-        kernel = self.param("kernel", kernel_init, (width, *self.features)).astype(self.dtype)
-        bias = self.param("bias", bias_init, self.features).astype(self.dtype)
+        init = nn.initializers.normal(self.kernel_std)
+        kernel = parameter(self, "kernel", init, self.axes, (width, *self.features)).astype(self.dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, self.axes[1:], self.features).astype(self.dtype)
         # Two-dimensional inside: a weight gradient that contracts two axes is half as fast on CPU.
         x_ND = x_BTD.reshape(-1, width).astype(self.dtype)
-
         y = jnp.tensordot(x_ND, kernel, axes=1)
         return y.reshape(*x_BTD.shape[:-1], *self.features) + jnp.expand_dims(bias, range(x_BTD.ndim - 1))
+
 
 class LayerNorm(nn.Module):
     """Normalises the last axis to mean 0 and variance 1, in float32 or wider, then scales and shifts."""
@@ -45,8 +58,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width = x_BTD.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+        scale = parameter(self, "scale", nn.initializers.ones, ("embed",), (width,))
+        bias = parameter(self, "bias", nn.initializers.zeros, ("embed",), (width,))
         x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
         centred_BTD = x_BTD - x_BTD.mean(axis=-1, keepdims=True)
         variance_BT1 = jnp.square(centred_BTD).mean(axis=-1, keepdims=True)

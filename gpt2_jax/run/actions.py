@@ -88,8 +88,7 @@ class Evaluate:
         for writer in self._writers:
             writer.write(step, values)
         self._progress.say(
-            f"step {step}: held-out loss {values['held_out_loss']:.4f} "
-            f"(perplexity {values['held_out_perplexity']:.2f})"
+            f"step {step}: held-out loss {values['held_out_loss']:.4f} (perplexity {values['held_out_perplexity']:.2f})"
         )
 
 
@@ -108,7 +107,13 @@ class Sample:
     """Lets the model write a text, started by end-of-text (without one: by the first held-out token)."""
 
     def __init__(
-        self, config: RunConfig, model: GPT2, mesh: Mesh, tokenizer: Tokenizer, start: int, folder: pathlib.Path,
+        self,
+        config: RunConfig,
+        model: GPT2,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        start: int,
+        folder: pathlib.Path,
         progress: Progress,
     ) -> None:
         self._model, self._tokenizer, self._start = model, tokenizer, start

@@ -32,9 +32,7 @@ def first_state(
     ema = config.optimizer.ema_decay > 0
     steps = checkpoints.steps()
     if steps:
-        state, meta = checkpoints.restore(
-            steps[-1], abstract_state(settings.model, settings.optimizer, mesh, ema=ema)
-        )
+        state, meta = checkpoints.restore(steps[-1], abstract_state(settings.model, settings.optimizer, mesh, ema=ema))
         for name, here in fingerprints.items():
             if meta[name] != here:
                 raise DataError(

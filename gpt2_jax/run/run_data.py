@@ -81,9 +81,7 @@ def cut_batches(config: RunConfig, store: TokenStore) -> tuple[TrainBatches, Eva
             context_lengths=train.context_lengths,
             rows=_own_rows(train.batch_size),
         ),
-        EvaluationBatches(
-            held_out_windows, microbatch, max_windows=train.eval_windows, rows=_own_rows(microbatch)
-        ),
+        EvaluationBatches(held_out_windows, microbatch, max_windows=train.eval_windows, rows=_own_rows(microbatch)),
     )
 
 

@@ -1,9 +1,9 @@
 """A run folder explains itself: resolved config, tokenizer, where the tokens came from, versions.
 
-    config.json       the resolved config           metrics.jsonl   one line per report
-    run.json          data and versions             samples.txt     text written during training
-    tokenizer/        the tokenizer, whole          loss.png        the loss curve
-    checkpoints/      one folder per saved step
+config.json       the resolved config           metrics.jsonl   one line per report
+run.json          data and versions             samples.txt     text written during training
+tokenizer/        the tokenizer, whole          loss.png        the loss curve
+checkpoints/      one folder per saved step
 """
 
 import importlib.metadata
@@ -110,5 +110,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-

@@ -16,7 +16,13 @@ DENSE_LOGITS_BYTES = 512 * 2**20
 
 
 def cross_entropy_sums(
-    x_BTD: jax.Array, wte_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, vocab_size: int, chunk: int = 0
+    x_BTD: jax.Array,
+    wte_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum over positions of weight * -log p(target), in nats, and the sum of the weights.
 
@@ -29,7 +35,7 @@ def cross_entropy_sums(
       chunk: positions of a row whose logits exist at a time (a divisor of T); 0: all. Smaller chunks need less memory
         and compute the logits once more in the backward pass; the value is the same.
     """
-    B, T, D = x_BTD.shape
+    B, T = targets_BT.shape
     if chunk in (0, T):
         return _sums(x_BTD, wte_VD, targets_BT, weights_BT, vocab_size)
 

@@ -13,8 +13,7 @@ INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000  # good steps before the scale is doubled
 
 
-@flax.struct.dataclass
-class LossScale:
+class LossScale(flax.struct.PyTreeNode):
     """The factor on the loss, and the good steps since it last changed."""
 
     scale: jax.Array

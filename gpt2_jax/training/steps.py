@@ -1,11 +1,12 @@
 """The train step and the evaluation step: pure functions of state and batch.
 
-A batch is a dict of `tokens`, `targets` (int32) and `weights` (float32), each `[B, T]`. Metrics are sums and counts; the
-host divides.
+A batch is a dict of `tokens`, `targets` (int32) and `weights` (float32), each `[B, T]`. Metrics are sums and counts;
+the host divides.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def loss_sums(
     model: GPT2, params: Params, batch: Batch, *, loss_chunk: int = 0, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss in nats and summed weight of a batch; no dropout without a key."""
-    x_BTD = model.apply(
+    x_BTD: Any = model.apply(
         {"params": params},
         batch["tokens"],
         deterministic=dropout_key is None,
@@ -99,9 +100,7 @@ def gradients(
         return (jax.tree.map(jnp.add, carry[0], grads), carry[1] + loss_sum), None
 
     # Interleaved rows, so that each microbatch is spread over the devices as the batch is.
-    parts = {
-        name: jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1) for name, rows in batch.items()
-    }
+    parts = {name: jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1) for name, rows in batch.items()}
     loss_type = jnp.promote_types(model.config.dtype, jnp.float32)
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros((), loss_type))
     (grads, loss_sum), _ = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
@@ -136,7 +135,7 @@ def train_step(state: TrainState, batch: Batch, *, settings: StepSettings) -> tu
     )
     if state.loss_scale is not None:
         grads = jax.tree.map(lambda grad: grad / scale, grads)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = settings.schedule(updates_done(state.opt_state))
 
     updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)

@@ -14,15 +14,15 @@ from gpt2_jax.sharding import tree_shardings
 from gpt2_jax.training.loss_scale import LossScale, initial_loss_scale
 
 
-@flax.struct.dataclass
-class TrainState:
-    """Attributes:
+class TrainState(flax.struct.PyTreeNode):
+    """A pytree of arrays.
 
-    step: updates done, skipped ones included; int32 scalar.
-    params: the model's parameters, float32.
-    opt_state: Optax's state.
-    ema: moving average of the parameters, or None.
-    loss_scale: for float16, else None.
+    Attributes:
+      step: updates done, skipped ones included; int32 scalar.
+      params: the model's parameters, float32.
+      opt_state: Optax's state.
+      ema: moving average of the parameters, or None.
+      loss_scale: for float16, else None.
     """
 
     step: jax.Array

@@ -1,0 +1,34 @@
+"""Tiny Shakespeare by characters, small enough for a CPU: nanoGPT's CPU shape, with GPT-2's biases and GELU.
+
+    curl -O https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
+    python train.py --config=configs/shakespeare_char_cpu.py --config.data.source=text:input.txt
+
+768 tokens per step, 1.5 million in all (1.5 epochs). Measured on two cores: held-out loss 1.77 on the whole tail of
+111,540 characters, in about 2 minutes (docs/numbers.md); nanoGPT publishes 1.88 on 20 random batches of it.
+"""
+
+from gpt2_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from gpt2_jax.config_file import config_dict
+
+
+def get_config():
+    return config_dict(
+        RunConfig(
+            model=ModelConfig(
+                n_layer=4, n_head=4, n_embd=128, n_positions=64, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+            ),
+            tokenizer=TokenizerConfig(name="chars"),
+            data=DataConfig(source="text:input.txt", held_out=0.1),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, b2=0.99, end_fraction=0.025),
+            train=TrainConfig(steps=2000, batch_size=12, log_every=50, eval_every=500),
+            checkpoint=CheckpointConfig(every=500),
+        )
+    )
