@@ -1,0 +1,1 @@
+"""From a corpus to training batches: documents, token shards, windows, batches."""

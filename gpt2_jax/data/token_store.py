@@ -1,0 +1,257 @@
+"""Token shards on disk: a folder with raw little-endian ids, document lengths and a manifest that says all.
+
+The manifest is written last; a folder without one is no token store.
+"""
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from gpt2_jax.atomic_file import write_text_atomically
+from gpt2_jax.errors import DataError
+from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS = ("train", "held_out")
+_OPEN_SHARDS = 512  # each memory map holds a file descriptor
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of ids. `file` and `lengths_file` are relative to the store's folder, or absolute."""
+
+    file: str
+    tokens: int
+    max_id: int
+    sha256: str
+    documents: int | None = None
+    lengths_file: str | None = None
+    lengths_sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a token store holds. `key` names the inputs that it was made from, `fingerprint` its content."""
+
+    key: str
+    source: str
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dtype: str
+    empty_documents: int
+    splits: dict[str, tuple[Shard, ...]]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256, in hexadecimal, over the ids, their order and the tokenizer; no paths and no dates."""
+        shards = {
+            split: [(shard.tokens, shard.sha256, shard.lengths_sha256) for shard in self.splits[split]]
+            for split in SPLITS
+        }
+        content = [FORMAT_VERSION, self.dtype, self.tokenizer_fingerprint, shards]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Write the manifest into `folder`, whole or not at all."""
+        content = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "splits": {split: [dataclasses.asdict(shard) for shard in self.splits[split]] for split in SPLITS},
+        }
+        write_json(folder / MANIFEST, content)
+
+
+class TokenStream:
+    """The ids of one split as one long row, read from memory maps that open on first use; picklable."""
+
+    def __init__(self, folder: pathlib.Path, shards: tuple[Shard, ...], dtype: np.dtype) -> None:
+        self._folder = folder
+        self._shards = shards
+        self._dtype = dtype
+        self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids `start` to `stop` - 1, int32; IndexError if they are not all in the stream."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
+        tokens = np.empty(stop - start, np.int32)
+        shard = bisect.bisect_right(self._ends, start)
+        filled = 0
+        while filled < len(tokens):
+            end = self._ends[shard]
+            offset = start + filled - (end - self._shards[shard].tokens)
+            part = self._map(shard)[offset : offset + len(tokens) - filled]
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return tokens
+
+    @functools.cached_property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document in order, its end-of-text included, int64.
+
+        Raises DataError for a store that does not know its documents (made from nanoGPT's files).
+        """
+        lengths = [np.zeros(0, np.int64)]
+        for shard in self._shards:
+            if shard.lengths_file is None:
+                raise DataError(
+                    f"{shard.file}: where its documents end is not recorded; use data.windows=packed, "
+                    "or prepare the text itself"
+                )
+            path = self._folder / shard.lengths_file
+            try:
+                part = np.load(path, allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise DataError(f"{path}: not the document lengths of a token store ({error})") from None
+            if part.sum() != shard.tokens or len(part) != shard.documents:
+                raise DataError(
+                    f"{path}: {len(part)} documents of {part.sum()} tokens; the manifest says "
+                    f"{shard.documents} of {shard.tokens}; prepare the store again"
+                )
+            lengths.append(part)
+        return np.concatenate(lengths)
+
+    def _map(self, shard: int) -> np.ndarray:
+        opened = self._maps.get(shard)
+        if opened is None:
+            if len(self._maps) >= _OPEN_SHARDS:
+                self._maps.clear()
+            # asarray: slices of a plain array are several times faster than those of a memmap.
+            opened = np.asarray(np.memmap(self._folder / self._shards[shard].file, self._dtype, "r"))
+            self._maps[shard] = opened
+        return opened
+
+
+class TokenStore:
+    """An opened folder of token shards. Open one with `open_token_store`."""
+
+    def __init__(self, folder: pathlib.Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hexadecimal, of the content: equal for equal ids in equal order."""
+        return self.manifest.fingerprint
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids; DataError if the one in the folder is another."""
+        tokenizer = load_tokenizer(self.folder)
+        _check_fingerprint(self.folder, self.manifest, tokenizer.fingerprint)
+        return tokenizer
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of "train" or "held_out"."""
+        return TokenStream(self.folder, self.manifest.splits[name], np.dtype(self.manifest.dtype).newbyteorder("<"))
+
+    def num_documents(self, name: str) -> int | None:
+        """Documents of a split, or None if the store does not know them."""
+        counts = [shard.documents for shard in self.manifest.splits[name]]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def verify(self) -> None:
+        """Read every shard and compare its hash with the manifest; DataError for the first that differs."""
+        for shard in itertools.chain.from_iterable(self.manifest.splits.values()):
+            hashes = {shard.file: shard.sha256}
+            if shard.lengths_file is not None and shard.lengths_sha256 is not None:
+                hashes[shard.lengths_file] = shard.lengths_sha256
+            for file, expected in hashes.items():
+                found = file_sha256(self.folder / file)
+                if found != expected:
+                    raise DataError(
+                        f"{self.folder / file}: sha256 is {found}, the manifest says {expected}; "
+                        "prepare the store again"
+                    )
+
+
+def open_token_store(folder: str | os.PathLike[str], tokenizer: Tokenizer | str | None = None) -> TokenStore:
+    """Open the token store in `folder`, checking all but the shards' hashes (`TokenStore.verify` does those).
+
+    With `tokenizer`, or its fingerprint, the store must have been made by that one. Raises DataError.
+    """
+    root = pathlib.Path(folder).expanduser().absolute()
+    manifest = _read_manifest(root)
+    if tokenizer is not None:
+        fingerprint = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint
+        _check_fingerprint(root, manifest, fingerprint)
+    itemsize = np.dtype(manifest.dtype).itemsize
+    for shard in itertools.chain.from_iterable(manifest.splits.values()):
+        path = root / shard.file
+        if not path.is_file():
+            raise DataError(f"{path}: missing, but the manifest lists it; prepare the store again")
+        size = path.stat().st_size
+        if size != shard.tokens * itemsize:
+            raise DataError(
+                f"{path}: {size} bytes, but its {shard.tokens} tokens take {shard.tokens * itemsize}; "
+                "prepare the store again"
+            )
+        if not 0 <= shard.max_id < manifest.vocab_size:
+            raise DataError(
+                f"{path}: its largest id {shard.max_id} is outside the vocabulary, 0 to {manifest.vocab_size - 1}"
+            )
+    return TokenStore(root, manifest)
+
+
+def _read_manifest(folder: pathlib.Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{path}: missing; make a token store with gpt2-jax prepare") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); prepare the store again") from None
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        raise DataError(
+            f"{path}: format version {version!r}, but this program reads {FORMAT_VERSION}; prepare the store again"
+        )
+    try:
+        splits = {split: tuple(Shard(**entry) for entry in content["splits"][split]) for split in SPLITS}
+        names = {field.name for field in dataclasses.fields(Manifest)} - {"splits"}
+        manifest = Manifest(**{name: content[name] for name in names}, splits=splits)
+        same = manifest.fingerprint == content["fingerprint"] and np.dtype(manifest.dtype).kind == "u"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error}); prepare the store again") from None
+    if not same:
+        raise DataError(f"{path}: its fingerprint does not fit its content; prepare the store again")
+    return manifest
+
+
+def _check_fingerprint(folder: pathlib.Path, manifest: Manifest, fingerprint: str) -> None:
+    if manifest.tokenizer_fingerprint != fingerprint:
+        raise DataError(
+            f"{folder}: made by the tokenizer {manifest.tokenizer} with fingerprint "
+            f"{manifest.tokenizer_fingerprint}, but the one in use has {fingerprint}; use that tokenizer, "
+            "or prepare the text again"
+        )
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Write `content` to `path`, whole or not at all."""
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
