@@ -1,0 +1,67 @@
+"""The console script `gpt2-jax`: finds the subcommand, runs it and turns its errors into one line."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gpt2_jax.errors import Gpt2JaxError, UsageError
+
+# Name: (module, what it does). A module is imported only when its command is run; it has
+# add_arguments(parser) and run(arguments) -> exit code.
+COMMANDS = {
+    "prepare": ("gpt2_jax.cli.prepare", "tokenize a corpus into a folder of token shards"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `gpt2-jax` with `argv`, or the process's own arguments, and return the exit code."""
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # so that a closed pipe shows here
+        return code
+    except Gpt2JaxError as error:
+        print(f"gpt2-jax: error: {_one_line(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, say) has what it wanted; the interpreter flushes stdout once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"gpt2-jax: error: {_one_line(error)}", file=sys.stderr)
+        return Gpt2JaxError.exit_code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        module_name, summary = COMMANDS[name]
+        module = importlib.import_module(module_name)
+        parser = _Parser(prog=f"gpt2-jax {name}", description=summary, allow_abbrev=False)
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments[1:]))
+    parser = _Parser(
+        prog="gpt2-jax",
+        usage="gpt2-jax COMMAND [--help] ...",
+        description="GPT-2 in JAX: commands besides training.",
+        epilog="\n".join(["commands:", *(f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.parse_args(arguments)
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
