@@ -1,6 +1,7 @@
 """The state a run starts with: its newest save, else the parameters of `init_from`, else random ones."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
@@ -55,4 +56,5 @@ def first_state(
         )
     shardings = state_shardings(settings.model, settings.optimizer, mesh, ema=ema)
     placed = jax.device_put(params, shardings.params)
-    return state.replace(params=placed, ema=jax.device_put(params, shardings.ema) if ema else None)
+    # A copy: the step donates the whole state, and a buffer can be donated only once.
+    return state.replace(params=placed, ema=jax.tree.map(jnp.copy, placed) if ema else None)

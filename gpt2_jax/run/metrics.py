@@ -4,10 +4,10 @@ import json
 import pathlib
 from typing import Any, Protocol
 
+from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import values_by_key
 from gpt2_jax.errors import UsageError
-from gpt2_jax.run.run_folder import write_atomically
 
 
 class MetricWriter(Protocol):
@@ -27,7 +27,7 @@ class JsonLines:
         """Opens `file` for appending; reports of steps after `resume_step`, which will be made again, are dropped."""
         if file.exists():
             kept = [json.dumps(report) + "\n" for report in read_reports(file) if report["step"] <= resume_step]
-            write_atomically(file, "".join(kept))
+            write_text_atomically(file, "".join(kept))
         self._stream = file.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -35,6 +35,7 @@ def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
         held_out=config.data.held_out,
         cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
     )
+    _check_tokenizer(config, store)
     if known is not None and store.fingerprint != known["fingerprint"]:
         raise DataError(
             f"{folder} was trained on data {known['fingerprint'][:12]}, {config.data.source} now gives "
@@ -83,6 +84,17 @@ def cut_batches(config: RunConfig, store: TokenStore) -> tuple[TrainBatches, Eva
         ),
         EvaluationBatches(held_out_windows, microbatch, max_windows=train.eval_windows, rows=_own_rows(microbatch)),
     )
+
+
+def _check_tokenizer(config: RunConfig, store: TokenStore) -> None:
+    """A store that was prepared apart must have been made with the tokenizer that the config names."""
+    for key in ("name", "normalization", "lowercase"):
+        wanted, found = getattr(config.tokenizer, key), getattr(store.tokenizer, key)
+        if wanted != found:
+            raise DataError(
+                f"{store.folder} was made with tokenizer.{key}={found}, the config has tokenizer.{key}={wanted}; "
+                f"give --config.tokenizer.{key}={found}, or prepare the text again"
+            )
 
 
 def _own_rows(batch_size: int) -> slice:

@@ -13,6 +13,7 @@ import pathlib
 import platform
 from typing import Any
 
+from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import from_json, to_json, values_by_key
 from gpt2_jax.errors import DataError, UsageError
@@ -39,22 +40,12 @@ def make_folder(path: str) -> pathlib.Path:
     return folder
 
 
-def write_atomically(file: pathlib.Path, text: str) -> None:
-    """Writes the whole text under a temporary name, then renames it: the file is old or new, never half."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-
-
 def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, Any]) -> None:
     """Writes `run.json`, then `config.json`, whose presence means that the folder holds a run."""
     versions = {name: _version(name) for name in _VERSIONED}
     about = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
-    write_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
-    write_atomically(folder / "config.json", to_json(config))
+    write_text_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
+    write_text_atomically(folder / "config.json", to_json(config))
 
 
 def holds_run(folder: pathlib.Path) -> bool:
