@@ -1,4 +1,9 @@
-"""Quick start."""
+"""Quick start: a small GPT-2 on the Python sources of the running interpreter's own library.
+
+    python train.py --config=configs/quickstart.py
+
+2,048 tokens per step, 2.0 million in all (0.5 epochs), by 2,048 merges learned from the text. QUICKSTART_MEASURED
+"""
 
 from gpt2_jax.config import (
     CheckpointConfig,
@@ -16,12 +21,12 @@ def get_config():
     return config_dict(
         RunConfig(
             model=ModelConfig(
-                n_layer=4, n_head=4, n_embd=256, n_positions=256, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+                n_layer=4, n_head=4, n_embd=128, n_positions=128, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
             ),
             tokenizer=TokenizerConfig(name="bpe:2048"),
             data=DataConfig(source="stdlib", held_out=0.05),
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
-            train=TrainConfig(steps=600, batch_size=16, eval_every=200, eval_windows=64),
-            checkpoint=CheckpointConfig(every=200),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
+            train=TrainConfig(steps=1000, batch_size=16, log_every=20, eval_every=250, eval_windows=256, sample_every=500),
+            checkpoint=CheckpointConfig(every=250),
         )
     )

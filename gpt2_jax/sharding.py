@@ -63,7 +63,9 @@ def check_divisible(config: RunConfig, mesh: Mesh) -> None:
         if size % parts:
             near = [n for n in range(1, size + 1) if size % n == 0]
             nearest = min(near, key=lambda n: abs(n - parts))
-            raise UsageError(f"{what} = {size} cannot be split over {axes} = {parts}; the nearest that can is {nearest}")
+            raise UsageError(
+                f"{what} = {size} cannot be split over {axes} = {parts}; the nearest that can is {nearest}"
+            )
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         options = RunOptions(
             workdir=flags.workdir or str(pathlib.Path("runs") / pathlib.Path(flags.config).stem),
+            config_file=flags.config,
             tensorboard=flags.tensorboard,
             wandb=flags.wandb,
             profile=_profile_steps(flags.profile),
@@ -101,7 +102,8 @@ def _profile_steps(text: str) -> tuple[int, int] | None:
 
 def _quiet_logs() -> None:
     """Leaves the screen to the run's own lines."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # What Orbax and Grain log as errors they also raise.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # XLA on CPU reports every program that comes from the compile cache as an error, since it takes its own tuning
     # hints for processor features that are missing. Where only the CPU is there, its log is silenced.
     if not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):

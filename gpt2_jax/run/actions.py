@@ -1,8 +1,9 @@
 """What the loop does besides training: report, evaluate, save, sample."""
 
+import itertools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ from jax.sharding import Mesh
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import EvaluationBatches
 from gpt2_jax.decoding.sample import continue_rows
+from gpt2_jax.errors import DivergedError
 from gpt2_jax.evaluation.held_out import held_out_loss
-from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.model.gpt2 import GPT2, Params
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.hardware import flops_per_token, memory_in_use, peak_flops
-from gpt2_jax.run.loop import Interval
+from gpt2_jax.run.loop import HostBatch, Interval
 from gpt2_jax.run.metrics import MetricWriter
 from gpt2_jax.run.progress import Progress
 from gpt2_jax.tokenizer import Tokenizer
@@ -76,14 +78,8 @@ class Evaluate:
         self.losses: dict[int, float] = {}
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """See `loop.Action`."""
-        values = held_out_loss(
-            state.eval_params,
-            self._batches,
-            model=self._settings.model,
-            mesh=self._mesh,
-            loss_chunk=self._settings.loss_chunk,
-        )
+        """See `loop.Action`. Raises DivergedError for a loss that is not finite."""
+        values = self._measure(step, state.eval_params, self._batches)
         self.losses[step] = values["held_out_loss"]
         for writer in self._writers:
             writer.write(step, values)
@@ -91,16 +87,39 @@ class Evaluate:
             f"step {step}: held-out loss {values['held_out_loss']:.4f} (perplexity {values['held_out_perplexity']:.2f})"
         )
 
+    def check(self, step: int, state: TrainState) -> None:
+        """Raises DivergedError when the loss of what is trained is not finite; one batch shows that."""
+        if state.ema is not None or step not in self.losses:
+            self._measure(step, state.params, itertools.islice(self._batches, 1))
+
+    def _measure(self, step: int, params: Params, batches: Iterable[HostBatch]) -> dict[str, float]:
+        values = held_out_loss(
+            params,
+            batches,
+            model=self._settings.model,
+            mesh=self._mesh,
+            loss_chunk=self._settings.loss_chunk,
+        )
+        loss = values["held_out_loss"]
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"step {step}: held-out loss {loss:.4g}: not finite; the saved steps before it are intact; lower "
+                "optimizer.learning_rate or lengthen optimizer.warmup_steps"
+            )
+        return values
+
 
 class Save:
     """Saves the state, with its held-out loss where that was measured."""
 
-    def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], losses: dict[int, float]) -> None:
-        self._checkpoints, self._meta, self._losses = checkpoints, meta, losses
+    def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], evaluate: Evaluate) -> None:
+        self._checkpoints, self._meta, self._evaluate = checkpoints, meta, evaluate
 
     def __call__(self, step: int, state: TrainState) -> None:
         """See `loop.Action`."""
-        self._checkpoints.save(state, self._meta, self._losses.get(step))
+        # An update with a finite loss and gradient can still ruin the parameters, which only the next step would show.
+        self._evaluate.check(step, state)
+        self._checkpoints.save(state, self._meta, self._evaluate.losses.get(step))
 
 
 class Sample:

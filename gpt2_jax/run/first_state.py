@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.load import load
 from gpt2_jax.training.steps import StepSettings
@@ -41,20 +42,25 @@ def first_state(
                     "use another --workdir"
                 )
         return state
-    state = sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
     if not config.init_from:
-        return state
+        return sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
+    params = _source_params(config, fingerprints["tokenizer_fingerprint"])
+    state = sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
+    shardings = state_shardings(settings.model, settings.optimizer, mesh, ema=ema)
+    placed = jax.device_put(params, shardings.params)
+    # A copy: the step donates the whole state, and a buffer can be donated only once.
+    return state.replace(params=placed, ema=jax.tree.map(jnp.copy, placed) if ema else None)
+
+
+def _source_params(config: RunConfig, tokenizer_fingerprint: str) -> Params:
     source, params, tokenizer = load(config.init_from)
     for key in _SHAPE:
         here, there = getattr(config.model, key), getattr(source.model, key)
         if here != there:
             raise UsageError(f"model.{key}={here}, but init_from={config.init_from} has {there}; set it to {there}")
-    if tokenizer.fingerprint != fingerprints["tokenizer_fingerprint"]:
+    if tokenizer.fingerprint != tokenizer_fingerprint:
         raise UsageError(
             f"tokenizer.name={config.tokenizer.name} gives other ids than the tokenizer of "
             f"init_from={config.init_from} ({tokenizer.name}); prepare the data with that one"
         )
-    shardings = state_shardings(settings.model, settings.optimizer, mesh, ema=ema)
-    placed = jax.device_put(params, shardings.params)
-    # A copy: the step donates the whole state, and a buffer can be donated only once.
-    return state.replace(params=placed, ema=jax.tree.map(jnp.copy, placed) if ema else None)
+    return params

@@ -1,5 +1,6 @@
 """What the chip could do: peak arithmetic, for the model FLOPs utilisation (MFU), and memory."""
 
+import re
 import resource
 import sys
 import time
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.gpt2 import parameter_count
 
-# Dense bfloat16 matrix products, FLOP/s per JAX device, as the makers publish them. Prefixes of `device_kind`.
+# Dense bfloat16 matrix products, FLOP/s per JAX device, as the makers publish them. By the first words of
+# `device_kind`.
 PEAK_FLOPS = {
     "TPU v3": 123e12 / 2,  # a device is one core of two
     "TPU v4": 275e12,
@@ -47,8 +49,8 @@ def peak_flops(device: jax.Device) -> float | None:
     """FLOP/s that the device could reach: from the table; on a CPU what a matrix product reaches now; else None."""
     if device.platform == "cpu":
         return measured_matmul_rate()
-    kind = device.device_kind
-    known = [prefix for prefix in PEAK_FLOPS if kind.startswith(prefix)]
+    # Whole words: an L40 is no L4.
+    known = [name for name in PEAK_FLOPS if re.match(rf"{re.escape(name)}\b", device.device_kind)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 

@@ -1,6 +1,7 @@
 """Where numbers go: `metrics.jsonl` is the source, TensorBoard and Weights & Biases are optional mirrors."""
 
 import json
+import math
 import pathlib
 from typing import Any, Protocol
 
@@ -31,8 +32,9 @@ class JsonLines:
         self._stream = file.open("a", encoding="utf-8")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line, at once visible to readers of the file."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends a line, at once visible to readers of the file; null is a number that is not finite."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._stream.write(json.dumps({"step": step, **numbers}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:

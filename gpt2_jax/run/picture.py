@@ -16,7 +16,7 @@ def draw_losses(metrics: pathlib.Path, picture: pathlib.Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, label, style in (("loss", "training", "-"), ("held_out_loss", "held out", "o-")):
-        points = [(report["step"], report[name]) for report in reports if name in report]
+        points = [(report["step"], report[name]) for report in reports if report.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set_xlabel("step")

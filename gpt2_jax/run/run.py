@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -34,6 +36,7 @@ class RunOptions:
 
     Attributes:
       workdir: the run folder; made if need be, resumed if it holds a run.
+      config_file: where the config came from, for the commands that the run proposes at its end.
       tensorboard: mirror the metrics for TensorBoard, in the run folder.
       wandb: project of Weights & Biases to mirror the metrics to; empty: none.
       profile: first and last step of a profiler trace, or None.
@@ -41,6 +44,7 @@ class RunOptions:
     """
 
     workdir: str
+    config_file: str
     tensorboard: bool = False
     wandb: str = ""
     profile: tuple[int, int] | None = None
@@ -63,8 +67,6 @@ def run(config: RunConfig, options: RunOptions) -> None:
     if holds_run(folder):
         check_unchanged(read_config(folder), config, folder)
     train_batches, held_out_batches = cut_batches(config, store)
-    tokenizer.save(folder / "tokenizer")
-    write_run(folder, config, {"folder": str(store.folder), "fingerprint": store.fingerprint})
 
     settings = make_settings(config, mesh)
     fingerprints = {"data_fingerprint": store.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
@@ -74,6 +76,9 @@ def run(config: RunConfig, options: RunOptions) -> None:
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         state = first_state(config, settings, mesh, checkpoints, fingerprints)
+        # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
+        tokenizer.save(folder / "tokenizer")
+        write_run(folder, config, {"folder": str(store.folder), "fingerprint": store.fingerprint})
         start = int(state.step)
         writers = _writers(folder, options, config, start)
         for writer in writers:
@@ -83,7 +88,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         progress.say(_summary(config, store, train_batches, mesh, folder, start))
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
-        save = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate.losses)
+        save = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
@@ -103,7 +108,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
             ),
         )
     draw_losses(folder / "metrics.jsonl", folder / "loss.png")
-    print(_farewell(config, folder, evaluate.losses, start), flush=True)
+    print(_farewell(config, options.config_file, folder, evaluate.losses, start), flush=True)
 
 
 def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
@@ -157,17 +162,24 @@ def _summary(
     )
 
 
-def _farewell(config: RunConfig, folder: pathlib.Path, losses: dict[int, float], start: int) -> str:
+def _farewell(config: RunConfig, config_file: str, folder: pathlib.Path, losses: dict[int, float], start: int) -> str:
     lines = []
     if start >= config.train.steps:
         lines.append(f"{folder} was done already: {start} of {config.train.steps} steps")
     elif losses:
         lines.append(f"held-out loss {losses[max(losses)]:.4f} after step {max(losses)}")
+    load = f"import gpt2_jax; config, params, tokenizer = gpt2_jax.load({json.dumps(str(folder))}); print(config.model)"
+    finetune = [
+        f"--config={config_file}",
+        f"--workdir={folder}-finetuned",
+        f"--config.init_from={folder}",
+        f"--config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}",
+    ]
     lines += [
         f"loss curve {folder / 'loss.png'}, numbers {folder / 'metrics.jsonl'}, samples {folder / 'samples.txt'}",
-        "next:",
-        f"  python -c \"import gpt2_jax; config, params, tokenizer = gpt2_jax.load('{folder}')\"",
-        f"  python train.py --config=... --config.init_from={folder}   # fine-tune it",
+        "to use it, or to go on from it with a smaller rate (and your text, by --config.data.source=text:GLOB):",
+        f"  python -c {shlex.quote(load)}",
+        f"  python train.py {shlex.join(finetune)}",
     ]
     return "\n".join(lines)
 
@@ -193,7 +205,8 @@ def _profiled(
 
 
 def _set_compile_cache(folder: str) -> None:
+    # None, because JAX would take the folder from the environment otherwise.
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()) if folder else None)
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import platform
-from typing import Any
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
@@ -40,8 +39,8 @@ def make_folder(path: str) -> pathlib.Path:
     return folder
 
 
-def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, Any]) -> None:
-    """Writes `run.json`, then `config.json`, whose presence means that the folder holds a run."""
+def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, str]) -> None:
+    """Writes `run.json` with `data` (folder, fingerprint), then `config.json`: where that is, a run was started."""
     versions = {name: _version(name) for name in _VERSIONED}
     about = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
     write_text_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
@@ -49,8 +48,10 @@ def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, Any]) -> 
 
 
 def holds_run(folder: pathlib.Path) -> bool:
-    """Whether a run was started here."""
-    return (folder / "config.json").is_file()
+    """Whether a run was started here and has saved a step; one that has not binds nobody to its settings."""
+    checkpoints = folder / "checkpoints"
+    saved = checkpoints.is_dir() and any(step.name.isdecimal() for step in checkpoints.iterdir())
+    return saved and (folder / "config.json").is_file()
 
 
 def read_config(folder: pathlib.Path) -> RunConfig:
@@ -64,15 +65,16 @@ def read_config(folder: pathlib.Path) -> RunConfig:
         raise DataError(f"{file}: {error}") from None
 
 
-def read_data(folder: pathlib.Path) -> dict[str, Any]:
-    """What `write_run` was told of the data. Raises DataError when it cannot be read."""
+def read_data(folder: pathlib.Path) -> dict[str, str]:
+    """Where the data of a run was, and its fingerprint. Raises DataError when that cannot be read."""
     file = folder / "run.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["data"])
+        data = json.loads(file.read_text(encoding="utf-8"))["data"]
+        return {"folder": str(data["folder"]), "fingerprint": str(data["fingerprint"])}
     except OSError as error:
         raise DataError(f"{folder} is not a run folder: {file.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file} is damaged: it is not JSON with a 'data' object") from None
+        raise DataError(f"{file} is damaged: it is not JSON with the data's folder and fingerprint") from None
 
 
 def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) -> None:

@@ -150,9 +150,7 @@ def test_reference_gradient_equals_finite_differences(name: str) -> None:
         index = (int(rng.integers(rows)), *(int(rng.integers(size)) for size in array.shape[1:]))
         if name == "h.attn.c_attn.bias":
             index = (index[0], index[1] // 2 * 2, index[2])
-        near, far = (
-            loss_at(index, array[index] + k * step) - loss_at(index, array[index] - k * step) for k in (1, 2)
-        )
+        near, far = (loss_at(index, array[index] + k * step) - loss_at(index, array[index] - k * step) for k in (1, 2))
         slope = (8 * near - far) / (12 * step)  # fourth order: the error is of the order step**4
         assert slope == pytest.approx(grads[name][index], rel=1e-6, abs=1e-10)
 
@@ -260,9 +258,7 @@ def test_half_precision_is_close_to_the_reference(dtype: str) -> None:
     assert float(loss) == pytest.approx(expected_loss, rel=2 * rounding)
     for name, grad in numpy_gpt2.leaves(grads).items():
         assert grad.dtype == jnp.float32
-        assert (
-            relative(without_key_bias(name, grad), without_key_bias(name, expected[name])) < 20 * rounding
-        ), name
+        assert relative(without_key_bias(name, grad), without_key_bias(name, expected[name])) < 20 * rounding, name
 
 
 # Causality and padding
@@ -411,9 +407,9 @@ def test_dropout_keeps_the_mean_and_has_the_variance_of_its_rate() -> None:
 def hidden_with_dropout(config: ModelConfig, params: Any, tokens_BT: Any) -> Any:
     rngs = {"dropout": jax.random.key(8)}
     variables = {"params": cast(params, jnp.float32)}
-    return jax.jit(
-        lambda v, t: GPT2(config).apply(v, t, deterministic=False, rngs=rngs, method="hidden_states")
-    )(variables, tokens_BT)
+    return jax.jit(lambda v, t: GPT2(config).apply(v, t, deterministic=False, rngs=rngs, method="hidden_states"))(
+        variables, tokens_BT
+    )
 
 
 # Initialisation

@@ -117,9 +117,7 @@ def test_ten_updates_equal_hand_arithmetic(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_clipping_caps_the_global_norm(clip_norm: float) -> None:
     """With b1 = b2 = 0 and a huge eps, an update is -lr * g / eps: it shows the gradient after clipping."""
-    config = dataclasses.replace(
-        CONFIG, schedule="constant", warmup_steps=0, learning_rate=1e4, clip_norm=clip_norm
-    )
+    config = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=0, learning_rate=1e4, clip_norm=clip_norm)
     config = dataclasses.replace(config, b1=0.0, b2=0.0, eps=1e6, weight_decay=0.0)
     for scale in (0.001, 2.0):
         grads = random_gradients(1, scale)
@@ -144,9 +142,7 @@ def test_decay_mask_names_kernels_and_embeddings_only() -> None:
 
 
 def test_decay_shrinks_the_masked_leaves_by_the_rate_times_the_decay() -> None:
-    config = dataclasses.replace(
-        CONFIG, schedule="constant", warmup_steps=0, learning_rate=0.5, weight_decay=0.2
-    )
+    config = dataclasses.replace(CONFIG, schedule="constant", warmup_steps=0, learning_rate=0.5, weight_decay=0.2)
     zeros = jax.tree.map(np.zeros_like, small_params())
     before = numpy_gpt2.leaves(float32(small_params()))
     for name, after in run(config, [zeros]).items():
@@ -215,6 +211,4 @@ def test_every_rate_equals_hand_arithmetic(schedule: str, warmup: int) -> None:
 
 def test_warmup_may_fill_the_whole_run() -> None:
     for schedule in ("cosine", "linear", "constant", "inverse_sqrt"):
-        assert rates(configured(schedule, warmup_steps=4), 4) == pytest.approx(
-            [0.25, 0.5, 0.75, 1.0], rel=1e-6
-        )
+        assert rates(configured(schedule, warmup_steps=4), 4) == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-6)

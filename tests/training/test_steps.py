@@ -74,9 +74,7 @@ def reference_loss_and_gradients(params: Any, batch: dict[str, Any]) -> tuple[fl
 def settings(
     dtype: str = "float32", rate: float = 0.0, seed: int = 0, microbatches: int = 1, loss_chunk: int = 0
 ) -> StepSettings:
-    config = dataclasses.replace(
-        MODEL_CONFIG, dtype=dtype, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate
-    )
+    config = dataclasses.replace(MODEL_CONFIG, dtype=dtype, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
     return StepSettings(
         model=GPT2(config),
         optimizer=make_optimizer(OPTIMIZER_CONFIG, STEPS),
@@ -92,9 +90,7 @@ def start(of: StepSettings) -> TrainState:
     """A state with the random parameters of this file, and an average that starts there."""
     params = random_params()
     state = init_state(of.model, of.optimizer, 0, ema=True)
-    return state.replace(
-        params=params, opt_state=of.optimizer.init(params), ema=jax.tree.map(jnp.copy, params)
-    )
+    return state.replace(params=params, opt_state=of.optimizer.init(params), ema=jax.tree.map(jnp.copy, params))
 
 
 def on_host(tree: Any) -> Any:
@@ -215,16 +211,10 @@ def test_six_steps_equal_the_reference() -> None:
         loss, grads = reference_loss_and_gradients(tree, random_batch(index))
         norm = numpy_adamw.global_norm(leaves(grads))
         assert norm > 1.0  # so that clipping is at work
-        assert float(metrics[index]["loss_sum"] / metrics[index]["weight_sum"]) == pytest.approx(
-            loss, rel=1e-5
-        )
-        assert float(metrics[index]["weight_sum"]) == pytest.approx(
-            random_batch(index)["weights"].sum(), rel=1e-6
-        )
+        assert float(metrics[index]["loss_sum"] / metrics[index]["weight_sum"]) == pytest.approx(loss, rel=1e-5)
+        assert float(metrics[index]["weight_sum"]) == pytest.approx(random_batch(index)["weights"].sum(), rel=1e-6)
         assert float(metrics[index]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
-        assert float(metrics[index]["learning_rate"]) == pytest.approx(
-            adamw.learning_rate(index + 1), rel=1e-5
-        )
+        assert float(metrics[index]["learning_rate"]) == pytest.approx(adamw.learning_rate(index + 1), rel=1e-5)
 
         adamw.update(leaves(grads))
         tree = numpy_gpt2.from_leaves(adamw.params)
@@ -349,9 +339,7 @@ def test_a_good_step_takes_the_scale_out_again() -> None:
     ("good_steps", "scale", "next_good_steps"),
     [(GROWTH_INTERVAL - 2, 2.0**8, GROWTH_INTERVAL - 1), (GROWTH_INTERVAL - 1, 2.0**9, 0)],
 )
-def test_the_scale_doubles_after_enough_good_steps(
-    good_steps: int, scale: float, next_good_steps: int
-) -> None:
+def test_the_scale_doubles_after_enough_good_steps(good_steps: int, scale: float, next_good_steps: int) -> None:
     after, _ = half_step(scaled(2.0**8, good_steps))
     assert float(after.loss_scale.scale) == scale
     assert int(after.loss_scale.good_steps) == next_good_steps
