@@ -14,6 +14,8 @@ _SHOWN = {
     "memory_gib": "{:.1f} GiB",
 }
 
+_BAR_FORMAT = "{percentage:3.0f}%|{bar:12}| {n}/{total} [{elapsed}<{remaining}{postfix}]"
+
 
 class Progress:
     """Shows how far training is."""
@@ -24,7 +26,7 @@ class Progress:
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm.tqdm(
-                total=steps, initial=start, unit="step", file=self._stream, dynamic_ncols=True, leave=True
+                total=steps, initial=start, file=self._stream, dynamic_ncols=True, bar_format=_BAR_FORMAT
             )
 
     def advance(self, step: int) -> None:
