@@ -26,7 +26,9 @@ def get_config():
             tokenizer=TokenizerConfig(name="bpe:2048"),
             data=DataConfig(source="stdlib", held_out=0.05),
             optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
-            train=TrainConfig(steps=1000, batch_size=16, log_every=20, eval_every=250, eval_windows=256, sample_every=500),
+            train=TrainConfig(
+                steps=1000, batch_size=16, log_every=20, eval_every=250, eval_windows=256, sample_every=500
+            ),
             checkpoint=CheckpointConfig(every=250),
         )
     )
