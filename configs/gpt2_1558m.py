@@ -2,15 +2,15 @@
 
     python train.py --config=configs/gpt2_1558m.py
 
-Data, once (a part of sample/100BT is enough: 95 GB of parquet, then 70 GB of tokens):
+Data, once (a third of sample/100BT is enough: 95 GB of parquet, then 70 GB of tokens):
 
     pip install huggingface_hub
-    hf download HuggingFaceFW/fineweb --repo-type dataset --include 'sample/100BT/*.parquet' --local-dir fineweb
+    hf download HuggingFaceFW/fineweb --repo-type dataset --include 'sample/100BT/00[0-4]_*.parquet' --local-dir fineweb
     gpt2-jax prepare --source 'parquet:fineweb/sample/100BT/*.parquet' --tokenizer gpt2 \
         --held_out 0.001 --out tokens/fineweb-100BT
 
 1,048,576 tokens per step, 33.6 billion in all. Parameters and optimizer state are split over all devices; microbatches
-of 64 windows suit 8 to 64 devices. 25 heads: mesh.tensor is 1, 5 or 25; mesh.fsdp divides 1600 and the microbatch.
+of 64 windows suit 8 to 64 devices; mesh.fsdp divides 1600 and the microbatch. With 25 heads, mesh.tensor is 1.
 
 Expected, not measured here: llm.c takes 2.75 s per step on 8 H100, 24 hours in all, for HellaSwag and loss at the level
 of OpenAI's weights (karpathy/llm.c discussion 677); those have a loss of 2.54 on OpenWebText (karpathy/nanoGPT).

@@ -2,10 +2,10 @@
 
     python train.py --config=configs/gpt2_774m.py
 
-Data, once (a part of sample/100BT is enough: 90 GB of parquet, then 65 GB of tokens):
+Data, once (a third of sample/100BT is enough: 90 GB of parquet, then 65 GB of tokens):
 
     pip install huggingface_hub
-    hf download HuggingFaceFW/fineweb --repo-type dataset --include 'sample/100BT/*.parquet' --local-dir fineweb
+    hf download HuggingFaceFW/fineweb --repo-type dataset --include 'sample/100BT/00[0-4]_*.parquet' --local-dir fineweb
     gpt2-jax prepare --source 'parquet:fineweb/sample/100BT/*.parquet' --tokenizer gpt2 \
         --held_out 0.001 --out tokens/fineweb-100BT
 

@@ -7,9 +7,12 @@ and what is allowed. Nothing here imports JAX, so a mistake costs no start-up ti
 import dataclasses
 import difflib
 import math
+import re
 from typing import Any
 
 from gpt2_jax.errors import UsageError
+
+MAX_MERGES = 50_000
 
 
 def _key(
@@ -42,10 +45,10 @@ class ModelConfig(_Section):
 
     section = "model."
 
-    n_layer: int = _key(12, "transformer blocks", low=1)
-    n_head: int = _key(12, "attention heads; must divide n_embd", low=1)
-    n_embd: int = _key(768, "width of the residual stream", low=1)
-    n_positions: int = _key(1024, "rows of the position table: the longest context, in tokens", low=1)
+    n_layer: int = _key(12, "transformer blocks", low=1, high=10_000)
+    n_head: int = _key(12, "attention heads; must divide n_embd", low=1, high=10_000)
+    n_embd: int = _key(768, "width of the residual stream", low=1, high=1_000_000)
+    n_positions: int = _key(1024, "rows of the position table: the longest context, in tokens", low=1, high=10_000_000)
     vocab_size: int = _key(0, "token ids; 0: as many as the tokenizer has", low=0)
     embd_pdrop: float = _key(0.1, "dropout rate on the embeddings", low=0, below=1)
     attn_pdrop: float = _key(0.1, "dropout rate on the attention weights", low=0, below=1)
@@ -81,26 +84,28 @@ class TokenizerConfig(_Section):
     section = "tokenizer."
 
     name: str = _key("gpt2", "gpt2, bytes, chars, or bpe:N (N merges learned from the corpus, 1 to 50000)")
-    path: str = _key("", "folder with GPT-2's vocab.bpe or merges.txt, for use without network; gpt2 only")
+    path: str = _key("", "folder of a saved tokenizer, such as a run's; for gpt2 one with vocab.bpe or merges.txt")
     normalization: str = _key("none", "Unicode normal form applied first", choices=("none", "nfc", "nfkc"))
     lowercase: bool = _key(False, "lower-case the text first")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         kind, _, merges = self.name.partition(":")
-        learned = kind == "bpe" and merges.isdecimal() and 1 <= int(merges) <= 50_000
+        learned = kind == "bpe" and re.fullmatch("[0-9]{1,5}", merges) and 1 <= int(merges) <= MAX_MERGES
         if self.name not in ("gpt2", "bytes", "chars") and not learned:
+            near = difflib.get_close_matches(kind, ("gpt2", "bytes", "chars"), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(
                 f"tokenizer.name={self.name!r} is not a tokenizer; allowed: gpt2, bytes, chars, "
-                "bpe:N with N from 1 to 50000"
+                f"bpe:N with N from 1 to {MAX_MERGES}{hint}"
             )
         if self.name == "gpt2" and (self.normalization != "none" or self.lowercase):
             raise UsageError(
                 "tokenizer.name='gpt2' takes text as it is: set tokenizer.normalization=none and "
                 "tokenizer.lowercase=false, or choose bpe:N, bytes or chars"
             )
-        if self.path and self.name != "gpt2":
-            raise UsageError(f"tokenizer.path={self.path!r} is for tokenizer.name=gpt2 only; leave it empty")
+        if self.path and self.name == "bytes":
+            raise UsageError(f"tokenizer.path={self.path!r}: tokenizer.name=bytes needs no files; leave it empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,9 @@ class DataConfig(_Section):
     windows: str = _key(
         "packed", "packed: documents one after another; padded: each document by itself", choices=("packed", "padded")
     )
-    cache_dir: str = _key("~/.cache/gpt2_jax/tokens", "folder where token shards that train.py prepares are kept")
+    cache_dir: str = _key(
+        "", "folder for the token shards that train.py prepares; empty: in XDG_CACHE_HOME, by default ~/.cache"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +196,7 @@ class CheckpointConfig(_Section):
 
     every: int = _key(250, "steps between saves; the last step is always saved", low=1)
     keep_last: int = _key(2, "newest saves kept", low=1)
-    keep_best: int = _key(1, "saves of lowest held-out loss kept besides", low=0)
+    keep_best: int = _key(1, "saves of lowest held-out loss kept besides, of those whose step was evaluated", low=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def load_config(path: str, overrides: Mapping[str, str]) -> RunConfig:
     """Runs `get_config()` of the Python file `path`, applies `{"model.n_layer": "4", ...}`, and checks the result."""
     file = pathlib.Path(path)
     if not file.is_file():
-        beside = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        beside = sorted(str(p) for p in file.parent.glob("*.py") if p.is_file())
         near = difflib.get_close_matches(path, beside, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there: {', '.join(beside)}" if beside else ""
         raise UsageError(f"--config={path}: no such file{hint}")
@@ -66,7 +66,7 @@ def load_config(path: str, overrides: Mapping[str, str]) -> RunConfig:
         values = module.get_config()
     except UsageError:
         raise
-    except Exception as error:  # whatever a user's config file may raise
+    except (Exception, SystemExit) as error:  # whatever a user's config file may raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UsageError(f"--config={path}: {type(error).__name__}: {first_line}") from error
     if not isinstance(values, ml_collections.ConfigDict):
@@ -112,7 +112,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         field = fields.get(name)
         if field is None:
-            raise UsageError(_unknown_key(f"{prefix}{name}"))
+            raise UsageError(_unknown_key(f"{prefix}{name}", value))
         if dataclasses.is_dataclass(field.type):
             if not isinstance(value, Mapping):
                 raise UsageError(f"{prefix}{name}={value!r}: it is a section, give its keys as {prefix}{name}.KEY")
@@ -125,12 +125,14 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     return cls(**arguments)
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, value: Any) -> str:
     keys = list(fields_by_key())
     elsewhere = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
     near = elsewhere[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "see --print_config for all keys"
-    return f"unknown config key {key}; {hint}"
+    hint = "see --print_config for all keys"
+    if near:
+        hint = f"did you mean {near[0]} ({allowed_values(fields_by_key()[near[0]])})?"
+    return f"unknown config key {key} (given {value!r}); {hint}"
 
 
 def _override(tree: dict[str, Any], key: str, text: str) -> None:
@@ -139,7 +141,7 @@ def _override(tree: dict[str, Any], key: str, text: str) -> None:
         sections = {name.split(".")[0] for name in fields_by_key() if "." in name}
         if key in sections:
             raise UsageError(f"--config.{key} is a section: give one of its keys, as in --config.{key}.KEY=VALUE")
-        raise UsageError(_unknown_key(key))
+        raise UsageError(_unknown_key(key, text))
     *path, name = key.split(".")
     node = tree
     for part in path:

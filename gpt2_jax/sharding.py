@@ -50,8 +50,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def check_divisible(config: RunConfig, mesh: Mesh) -> None:
-    """Raises UsageError, with the numbers, when the mesh cannot split the configured batch or model evenly."""
+def check_divisible(config: RunConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
+    """Raises UsageError, with the numbers, when the mesh cannot split the configured batch or model evenly.
+
+    `vocab_rows` is the number of rows of the token table, padding included, once it is known.
+    """
     model, train, shape = config.model, config.train, mesh.shape
     batch_shards = shape["data"] * shape["fsdp"]
     microbatch = train.batch_size // train.microbatches
@@ -59,6 +62,7 @@ def check_divisible(config: RunConfig, mesh: Mesh) -> None:
         ("train.batch_size / train.microbatches", microbatch, batch_shards, "mesh.data x mesh.fsdp"),
         ("model.n_embd", model.n_embd, shape["fsdp"], "mesh.fsdp"),
         ("model.n_head", model.n_head, shape["tensor"], "mesh.tensor"),
+        ("the padded vocabulary", vocab_rows, shape["tensor"], "mesh.tensor"),
     ):
         if size % parts:
             near = [n for n in range(1, size + 1) if size % n == 0]

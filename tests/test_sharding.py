@@ -116,13 +116,14 @@ def test_mesh_that_does_not_fit_the_devices(config: MeshConfig, fragment: str) -
         ((4, 2, 1), RunConfig(train=TrainConfig(batch_size=32, microbatches=8)), "= 4 cannot be split"),
         ((1, 1, 8), RunConfig(), "model.n_head = 12"),
         ((1, 8, 1), RunConfig(model=ModelConfig(n_embd=60, n_head=6)), "model.n_embd = 60"),
+        ((1, 1, 5), RunConfig(model=ModelConfig(n_embd=1600, n_head=25)), "the padded vocabulary = 50304"),
     ],
 )
 def test_what_cannot_be_split_is_refused_with_numbers(
     shape: tuple[int, int, int], config: RunConfig, fragment: str
 ) -> None:
     with pytest.raises(UsageError, match=fragment) as caught:
-        check_divisible(config, mesh_of(*shape))
+        check_divisible(config, mesh_of(*shape), vocab_rows=50304)
     assert "nearest" in str(caught.value)
 
 

@@ -167,8 +167,11 @@ def _no_field(where: str, field: str, names: list[str]) -> str:
 
 
 def _read_bytes(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _decode(data: bytes, encoding: str, where: str, offset: int = 0) -> str:

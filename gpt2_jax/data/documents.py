@@ -41,7 +41,8 @@ class WorkUnit:
 class DocumentSource:
     """Documents in a fixed order. Make one with `open_source`.
 
-    `signature` (sha256, hexadecimal) changes when the files or their contents can have changed.
+    `signature` (sha256, hexadecimal) changes with the names, sizes and times of the files; for stdlib, with the
+    interpreter's version and the names and sizes.
     """
 
     spec: str

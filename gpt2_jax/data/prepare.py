@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tqdm import tqdm
 
+from gpt2_jax.config import TokenizerConfig
 from gpt2_jax.data.document_formats import SPAN_BYTES
 from gpt2_jax.data.documents import DocumentSource, open_source
-from gpt2_jax.data.folder_lock import folder_lock
 from gpt2_jax.data.held_out import HeldOutSplit
 from gpt2_jax.data.nanogpt import DTYPE, nanogpt_files, nanogpt_shard, nanogpt_signature
 from gpt2_jax.data.token_store import (
@@ -34,8 +34,8 @@ from gpt2_jax.data.token_store import (
 from gpt2_jax.data.unit_pool import run_units
 from gpt2_jax.data.unit_writer import UnitTask
 from gpt2_jax.errors import DataError, Gpt2JaxError, UsageError
+from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from gpt2_jax.tokenizer.tokenizer import check_tokenizer_settings
 
 _PROGRESS = "progress"
 
@@ -52,10 +52,11 @@ class _Recipe:
     lowercase: bool
     held_out: float
     signature: str
+    saved_tokenizer: str
 
     @property
     def key(self) -> str:
-        """sha256, in hexadecimal, over the inputs. Where GPT-2's merges lie is none: their hash is fixed."""
+        """sha256, in hexadecimal, over the inputs. Where a tokenizer's files lie is none: what they hold is."""
         content = dataclasses.asdict(self) | {
             "tokenizer_path": "",
             "format": FORMAT_VERSION,
@@ -79,12 +80,11 @@ def prepare(
 ) -> TokenStore:
     """Tokenize `source` into the folder `out`, or open what an equal call made there before.
 
-    The result does not depend on `workers` (None: as many as there are processors). A source `tokens:DIR` is
-    only opened. Raises UsageError for arguments that cannot be used, before any work, and DataError for the
-    data.
+    The result does not depend on `workers` (None: as many as there are processors). Raises UsageError for
+    arguments that cannot be used, before any work, and DataError for the data.
     """
     if source.startswith("tokens:"):
-        return open_token_store(source.removeprefix("tokens:"))
+        raise UsageError(f"source {source!r} is prepared already: train on it as it is")
     recipe = _recipe(source, text_field, tokenizer_name, tokenizer_path, normalization, lowercase, held_out, workers)
     return _prepare(recipe, pathlib.Path(out).expanduser().absolute(), workers, progress)
 
@@ -102,9 +102,15 @@ def ensure_prepared(
     workers: int | None = None,
     progress: bool = True,
 ) -> TokenStore:
-    """Like `prepare`, into a folder of `cache_dir` named by the inputs; returns at once if it is there."""
+    """Like `prepare`, into a folder of `cache_dir` named by the inputs; returns at once if it is there.
+
+    A source `tokens:DIR` is opened where it lies.
+    """
     if source.startswith("tokens:"):
-        return open_token_store(source.removeprefix("tokens:"))
+        folder = pathlib.Path(source.removeprefix("tokens:")).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"source {source!r}: no folder {folder}; make one with gpt2-jax prepare")
+        return open_token_store(folder)
     recipe = _recipe(source, text_field, tokenizer_name, tokenizer_path, normalization, lowercase, held_out, workers)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{source}-{tokenizer_name}".lower()).strip("-")[-60:].strip("-")
     out = pathlib.Path(cache_dir).expanduser().absolute() / f"{slug}-{recipe.key[:16]}"
@@ -121,7 +127,7 @@ def _recipe(
     held_out: float,
     workers: int | None,
 ) -> _Recipe:
-    check_tokenizer_settings(tokenizer_name, path=tokenizer_path, normalization=normalization, lowercase=lowercase)
+    TokenizerConfig(tokenizer_name, tokenizer_path, normalization, lowercase)  # refuses what cannot be used
     HeldOutSplit(held_out, 1)  # refuses a share that is none
     if workers is not None and workers < 1:
         raise UsageError(f"workers={workers}: one process or more is needed")
@@ -132,7 +138,14 @@ def _recipe(
         signature = nanogpt_signature(folder)
     else:
         raise UsageError(f"source {source!r} holds GPT-2's ids; it needs the tokenizer gpt2, not {tokenizer_name}")
-    return _Recipe(source, text_field, tokenizer_name, tokenizer_path, normalization, lowercase, held_out, signature)
+    saved = ""
+    if tokenizer_path and tokenizer_name != "gpt2":
+        saved = make_tokenizer(
+            tokenizer_name, path=tokenizer_path, normalization=normalization, lowercase=lowercase
+        ).fingerprint
+    return _Recipe(
+        source, text_field, tokenizer_name, tokenizer_path, normalization, lowercase, held_out, signature, saved
+    )
 
 
 def _nanogpt_folder(source: str) -> str | None:
@@ -143,7 +156,10 @@ def _prepare(recipe: _Recipe, out: pathlib.Path, workers: int | None, progress: 
     if (out / MANIFEST).exists():
         return _open_same(out, recipe)
     _check_writable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be made ({error.strerror}: {error.filename}); name another folder") from None
     with folder_lock(out):
         if (out / MANIFEST).exists():  # made by the process that we waited for
             return _open_same(out, recipe)
@@ -180,6 +196,8 @@ def _open_same(out: pathlib.Path, recipe: _Recipe) -> TokenStore:
 
 
 def _check_writable(out: pathlib.Path) -> None:
+    if not out.name:
+        raise UsageError(f"{out}: cannot be a token store; name a folder in it")
     parent = next(path for path in out.parents if path.exists())
     for path in (parent, out):
         if path.exists() and not path.is_dir():

@@ -75,7 +75,8 @@ class Manifest:
 class TokenStream:
     """The ids of one split as one long row, read from memory maps that open on first use; picklable."""
 
-    def __init__(self, folder: pathlib.Path, shards: tuple[Shard, ...], dtype: np.dtype) -> None:
+    def __init__(self, name: str, folder: pathlib.Path, shards: tuple[Shard, ...], dtype: np.dtype) -> None:
+        self.name = name
         self._folder = folder
         self._shards = shards
         self._dtype = dtype
@@ -120,7 +121,7 @@ class TokenStream:
             path = self._folder / shard.lengths_file
             try:
                 part = np.load(path, allow_pickle=False)
-            except (ValueError, EOFError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise DataError(f"{path}: not the document lengths of a token store ({error})") from None
             if part.sum() != shard.tokens or len(part) != shard.documents:
                 raise DataError(
@@ -162,7 +163,8 @@ class TokenStore:
 
     def split(self, name: str) -> TokenStream:
         """The stream of "train" or "held_out"."""
-        return TokenStream(self.folder, self.manifest.splits[name], np.dtype(self.manifest.dtype).newbyteorder("<"))
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        return TokenStream(name, self.folder, self.manifest.splits[name], dtype)
 
     def num_documents(self, name: str) -> int | None:
         """Documents of a split, or None if the store does not know them."""

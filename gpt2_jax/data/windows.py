@@ -43,9 +43,8 @@ class PackedWindows:
         if self._length < 1:
             needed = 2 if include_tail else context_length + 1
             raise DataError(
-                f"a split of {len(stream)} tokens has no window: one of "
-                f"train.context_length={context_length} takes {needed} tokens; "
-                "make train.context_length smaller, or give it more text"
+                f"the {stream.name} split of {len(stream)} tokens has no window: one of context length "
+                f"{context_length} takes {needed} tokens; make train.context_length smaller, or give it more text"
             )
 
     def __len__(self) -> int:
@@ -71,8 +70,8 @@ class PaddedWindows:
         _check_context_length(context_length)
         if end_of_text is None:
             raise UsageError(
-                "data.windows=padded pads with end-of-text, which tokenizer.name=chars has not; "
-                "use packed windows, or the tokenizer bytes, bpe:N or gpt2"
+                "data.windows=padded pads with end-of-text, which the tokenizer of this data has not; "
+                "use data.windows=packed, or the tokenizer bytes, bpe:N or gpt2"
             )
         self.context_length = context_length
         self._stream = stream
@@ -81,7 +80,7 @@ class PaddedWindows:
         self._document_ends = np.cumsum(lengths)
         self._window_ends = np.cumsum(-(-lengths // context_length))
         if len(lengths) == 0:
-            raise DataError("a split without documents has no windows; give it more text")
+            raise DataError(f"the {stream.name} split has no documents, so no windows; give it more text")
 
     def __len__(self) -> int:
         return int(self._window_ends[-1])

@@ -19,7 +19,7 @@ def parameter(
 ) -> jax.Array:
     """A float32 parameter of `module` that carries the names of its logical axes when it is initialised."""
     boxed_init: Any = nn.with_logical_partitioning(init, axes)
-    return module.param(name, boxed_init, shape)
+    return module.param(name, boxed_init, shape, jnp.float32)
 
 
 class Projection(nn.Module):

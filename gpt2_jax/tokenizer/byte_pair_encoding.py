@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from gpt2_jax.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_MERGES = 50_000
 
 # How GPT-2 cuts text into pieces before it merges bytes within each.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -1,7 +1,6 @@
 """A tokenizer: its options, its vocabulary, and how it is made, saved and loaded."""
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -13,15 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gpt2_jax.atomic_file import write_text_atomically
+from gpt2_jax.config import TokenizerConfig
 from gpt2_jax.errors import DataError, UsageError
-from gpt2_jax.tokenizer.byte_pair_encoding import MAX_MERGES, learn_merges, merge_lines, merges_to_text
+from gpt2_jax.tokenizer.byte_pair_encoding import learn_merges, merge_lines, merges_to_text
 from gpt2_jax.tokenizer.gpt2_merges import gpt2_merges
 from gpt2_jax.tokenizer.token_codecs import ByteCodec, BytePairCodec, CharacterCodec, Codec
 
 _FILE = "gpt2_jax_tokenizer.json"
 _MERGES_FILE = "merges.txt"
 _FORMAT = 1
-_NORMALIZATIONS = ("none", "nfc", "nfkc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +120,19 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Make the tokenizer `name`: "gpt2", "bytes", "chars" or "bpe:N".
 
-    `path` is a folder with GPT-2's vocab.bpe or merges.txt. `texts` gives the corpus from which chars and
-    bpe:N learn. Raises UsageError for settings that cannot be used, DataError for files or a corpus that
-    cannot.
+    `path` is a folder with GPT-2's vocab.bpe or merges.txt; for chars and bpe:N, a folder where one was saved,
+    which is then loaded. Without that they learn from the corpus that `texts` gives. Raises UsageError for
+    settings that cannot be used, DataError for files or a corpus that cannot.
     """
-    kind = check_tokenizer_settings(name, path=path, normalization=normalization, lowercase=lowercase)
+    TokenizerConfig(name, path, normalization, lowercase)  # refuses what cannot be used
+    kind = name.partition(":")[0]
     codec: Codec
     if kind == "gpt2":
         codec = BytePairCodec(name, gpt2_merges(path))
     elif kind == "bytes":
         codec = ByteCodec()
+    elif path:
+        return _saved_tokenizer(path, name, normalization, lowercase)
     elif texts is None:
         raise UsageError(f"tokenizer {name} is learned from a corpus, and none is given")
     else:
@@ -150,28 +152,6 @@ def make_tokenizer(
     return Tokenizer(name, normalization, lowercase, codec)
 
 
-def check_tokenizer_settings(name: str, *, path: str, normalization: str, lowercase: bool) -> str:
-    """The kind of the tokenizer `name`; UsageError if `make_tokenizer` would refuse the settings."""
-    kind, colon, count = name.partition(":")
-    if kind == "bpe":
-        if not (count.isascii() and count.isdecimal() and len(count) <= 5 and 1 <= int(count) <= MAX_MERGES):
-            raise UsageError(f"tokenizer {name!r}: write bpe:N with a number of merges N from 1 to {MAX_MERGES}")
-    elif kind not in ("gpt2", "bytes", "chars") or colon:
-        near = difflib.get_close_matches(kind, ("gpt2", "bytes", "chars", "bpe:N"), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"tokenizer {name!r} is unknown; allowed: gpt2, bytes, chars, bpe:N{hint}")
-    if normalization not in _NORMALIZATIONS:
-        raise UsageError(f"normalization {normalization!r} is unknown; allowed: {', '.join(_NORMALIZATIONS)}")
-    if kind == "gpt2" and (normalization != "none" or lowercase):
-        raise UsageError(
-            "tokenizer gpt2 takes text as it is: set normalization to none and lowercase to false, "
-            "or choose bpe:N, bytes or chars"
-        )
-    if path and kind != "gpt2":
-        raise UsageError(f"tokenizer path {path!r} is for the tokenizer gpt2 only; leave it out")
-    return kind
-
-
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote into `folder`; DataError if it is missing or was changed."""
     path = pathlib.Path(folder, _FILE)
@@ -179,12 +159,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if settings["format"] != _FORMAT:
             raise DataError(f"{path}: format {settings['format']!r}, but this version reads format {_FORMAT}")
-        kind = check_tokenizer_settings(
-            settings["name"],
-            path="",
-            normalization=settings["normalization"],
-            lowercase=settings["lowercase"],
-        )
+        TokenizerConfig(settings["name"], "", settings["normalization"], settings["lowercase"])
+        kind = settings["name"].partition(":")[0]
         codec: Codec
         if kind == "bytes":
             codec = ByteCodec()
@@ -203,6 +179,21 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
         raise DataError(
             f"{folder}: the tokenizer was changed: its fingerprint is {tokenizer.fingerprint}, saved as {expected}"
         )
+    return tokenizer
+
+
+def _saved_tokenizer(path: str, name: str, normalization: str, lowercase: bool) -> Tokenizer:
+    if not pathlib.Path(path).expanduser().joinpath(_FILE).is_file():
+        raise UsageError(f"tokenizer.path={path!r}: no saved tokenizer ({_FILE}) there; name a run's tokenizer folder")
+    tokenizer = load_tokenizer(pathlib.Path(path).expanduser())
+    wanted = {"name": name, "normalization": normalization, "lowercase": lowercase}
+    for key, value in wanted.items():
+        found = getattr(tokenizer, key)
+        if found != value:
+            raise UsageError(
+                f"tokenizer.path={path!r} holds a tokenizer of tokenizer.{key}={found}, not {value}; "
+                f"give --config.tokenizer.{key}={found}"
+            )
     return tokenizer
 
 

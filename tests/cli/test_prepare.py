@@ -80,14 +80,16 @@ def test_options(corpus: str, tmp_path: pathlib.Path) -> None:
         ),
         (
             ["prepare", "--source", "tokens:.", "--tokenizer", "bytes", "--out", "o"],
-            3,
-            "manifest.json: missing",
+            2,
+            "prepared already",
         ),
         (
             ["prepare", "--source", "stdlib", "--tokenizer", "bytes", "--out", "bad.txt"],
             2,
             "bad.txt is a file",
         ),
+        (["prepare", "--source", "stdlib", "--tokenizer", "bytes", "--out", "/"], 2, "cannot be a token store"),
+        (["prepare", "--source", "stdlib", "--tokenizer", "bytes", "--out", "/proc/x"], 2, "cannot be made"),
         (["prepare", "--source", "text:a\nb", "--tokenizer", "bytes", "--out", "o"], 2, "no file matches"),
     ],
 )

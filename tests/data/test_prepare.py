@@ -14,12 +14,12 @@ import pytest
 
 from gpt2_jax import errors
 from gpt2_jax.data import document_formats, documents
-from gpt2_jax.data.folder_lock import folder_lock
 from gpt2_jax.data.held_out import HeldOutSplit
 from gpt2_jax.data.prepare import ensure_prepared, prepare
 from gpt2_jax.data.token_store import TokenStore, open_token_store
 from gpt2_jax.data.windows import PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.folder_lock import folder_lock
 
 DOCUMENTS = [f"document {number}: {'word ' * (number % 7)}ü" if number % 10 != 4 else "" for number in range(60)]
 
@@ -179,8 +179,9 @@ def test_prepared_twice(source: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UsageError, match="made from other inputs") as error:
         prepare(source=source, tokenizer_name="bytes", out=tmp_path / "out", held_out=0.2)
     one_line(error)
-    opened = prepare(source=f"tokens:{tmp_path / 'out'}", tokenizer_name="bytes", out=tmp_path / "unused")
-    assert opened.fingerprint == first.fingerprint
+    with pytest.raises(UsageError, match="prepared already") as error:
+        prepare(source=f"tokens:{tmp_path / 'out'}", tokenizer_name="bytes", out=tmp_path / "unused")
+    one_line(error)
     assert not (tmp_path / "unused").exists()
 
 
@@ -204,6 +205,23 @@ def test_cache(source: str, tmp_path: pathlib.Path) -> None:
     file.write_text(file.read_text() + '{"text": "one more"}\n')
     assert ensure_prepared(**settings).folder not in {first.folder, *others}
     assert ensure_prepared(source=f"tokens:{first.folder}", cache_dir=cache).fingerprint == first.fingerprint
+    with pytest.raises(UsageError, match="no folder"):
+        ensure_prepared(source=f"tokens:{tmp_path / 'nowhere'}", cache_dir=cache)
+
+
+@pytest.mark.parametrize("tokenizer", ["chars", "bpe:10"])
+def test_a_saved_tokenizer_serves_another_corpus(source: str, tmp_path: pathlib.Path, tokenizer: str) -> None:
+    first = prepare(source=source, tokenizer_name=tokenizer, out=tmp_path / "first", held_out=0.2)
+    other = tmp_path / "other.txt"
+    other.write_text("".join(sorted(set(first.tokenizer.decode(first.split("train").read(0, 40))))) * 9)
+    settings: dict = {"source": f"text:{other}", "tokenizer_name": tokenizer, "cache_dir": tmp_path / "cache"}
+    saved = ensure_prepared(**settings, tokenizer_path=str(first.folder))
+    assert saved.tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert ensure_prepared(**settings, tokenizer_path=str(first.folder)).folder == saved.folder
+    with pytest.raises(UsageError, match="no saved tokenizer"):
+        ensure_prepared(**settings, tokenizer_path=str(tmp_path))
+    with pytest.raises(UsageError, match="tokenizer.lowercase=False, not True"):
+        ensure_prepared(**settings, tokenizer_path=str(first.folder), lowercase=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -293,7 +311,7 @@ def test_two_processes_at_once(tmp_path: pathlib.Path) -> None:
 
 
 def test_lock_waits(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    program = "import pathlib, sys; from gpt2_jax.data.folder_lock import folder_lock\n"
+    program = "import pathlib, sys; from gpt2_jax.folder_lock import folder_lock\n"
     program += "with folder_lock(pathlib.Path(sys.argv[1])): print('in', flush=True)"
     with folder_lock(tmp_path / "x"):
         process = subprocess.Popen(

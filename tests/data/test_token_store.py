@@ -112,7 +112,7 @@ def test_few_files_are_open_at_a_time(folder: pathlib.Path, monkeypatch: pytest.
 
 def test_large_ids(tmp_path: pathlib.Path) -> None:
     shard = write_shard(tmp_path, "train", [70_000, 1], [2], "<u4")
-    assert TokenStream(tmp_path, (shard,), np.dtype("<u4")).read(0, 2).tolist() == [70_000, 1]
+    assert TokenStream("train", tmp_path, (shard,), np.dtype("<u4")).read(0, 2).tolist() == [70_000, 1]
 
 
 def test_fingerprint_is_of_the_content(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:

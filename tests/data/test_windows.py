@@ -23,7 +23,7 @@ def make_stream(folder: pathlib.Path, documents: list[list[int]], shards: int = 
         (folder / f"{number}.bin").write_bytes(np.array(tokens, "<u2").tobytes())
         np.save(folder / f"{number}.npy", np.array([len(document) for document in part], np.int64))
         listed.append(Shard(f"{number}.bin", len(tokens), max(tokens), "", len(part), f"{number}.npy", ""))
-    return TokenStream(folder, tuple(listed), np.dtype("<u2"))
+    return TokenStream("train", folder, tuple(listed), np.dtype("<u2"))
 
 
 def as_lists(windows: PackedWindows | PaddedWindows) -> list[tuple[list, list, list]]:
@@ -67,7 +67,7 @@ def test_packed_windows_without_tail_count(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("include_tail, tokens, needed", [(False, 3, 4), (True, 1, 2)])
 def test_too_short_for_a_window(tmp_path: pathlib.Path, include_tail: bool, tokens: int, needed: int) -> None:
     stream = make_stream(tmp_path, [list(range(1, tokens + 1))])
-    message = f"{tokens} tokens .*context_length=3 takes {needed} tokens; make train.context_length smaller"
+    message = f"the train split of {tokens} tokens .*context length 3 takes {needed} tokens; make train.context_length smaller"
     with pytest.raises(DataError, match=message):
         PackedWindows(stream, 3, include_tail=include_tail)
 
@@ -104,7 +104,7 @@ def test_padded_windows_need_an_end_of_text(tmp_path: pathlib.Path) -> None:
 
 def test_padded_windows_need_document_lengths(tmp_path: pathlib.Path) -> None:
     make_stream(tmp_path, [[1, 2]])
-    stream = TokenStream(tmp_path, (Shard("0.bin", 2, 2, ""),), np.dtype("<u2"))
+    stream = TokenStream("train", tmp_path, (Shard("0.bin", 2, 2, ""),), np.dtype("<u2"))
     with pytest.raises(DataError, match="where its documents end is not recorded"):
         PaddedWindows(stream, 3, END)
 
