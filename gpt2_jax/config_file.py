@@ -50,28 +50,11 @@ def from_json(text: str) -> RunConfig:
 
 
 def load_config(path: str, overrides: Mapping[str, str]) -> RunConfig:
-    """Runs `get_config()` of the Python file `path`, applies `{"model.n_layer": "4", ...}`, and checks the result."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        beside = sorted(str(p) for p in file.parent.glob("*.py") if p.is_file())
-        near = difflib.get_close_matches(path, beside, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; there: {', '.join(beside)}" if beside else ""
-        raise UsageError(f"--config={path}: no such file{hint}")
-    spec = importlib.util.spec_from_file_location(f"gpt2_jax_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--config={path} is not a Python file (*.py)")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        values = module.get_config()
-    except UsageError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever a user's config file may raise
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise UsageError(f"--config={path}: {type(error).__name__}: {first_line}") from error
-    if not isinstance(values, ml_collections.ConfigDict):
-        raise UsageError(f"--config={path}: get_config() returned {type(values).__name__}, not a ConfigDict")
-    tree = values.to_dict()
+    """Runs `get_config()` of the Python file `path`, applies `{"model.n_layer": "4", ...}`, and checks the result.
+
+    An empty path stands for the defaults.
+    """
+    tree = _values_of_file(path) if path else config_dict(RunConfig()).to_dict()
     for key, text in overrides.items():
         _override(tree, key, text)
     return run_config(tree)
@@ -104,6 +87,30 @@ def describe(config: RunConfig) -> str:
         allowed = allowed_values(fields[key])
         lines.append(f"{key + ' = ' + _as_text(value):<46} # {metadata['meaning']} ({allowed})")
     return "\n".join(lines)
+
+
+def _values_of_file(path: str) -> dict[str, Any]:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        beside = sorted(str(p) for p in file.parent.glob("*.py") if p.is_file())
+        near = difflib.get_close_matches(path, beside, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there: {', '.join(beside)}" if beside else ""
+        raise UsageError(f"--config={path}: no such file{hint}")
+    spec = importlib.util.spec_from_file_location(f"gpt2_jax_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--config={path} is not a Python file (*.py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        values = module.get_config()
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's config file may raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise UsageError(f"--config={path}: {type(error).__name__}: {first_line}") from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise UsageError(f"--config={path}: get_config() returned {type(values).__name__}, not a ConfigDict")
+    return values.to_dict()
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -7,9 +7,11 @@ import logging
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gpt2_jax.cache_folder import cache_folder
 from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import Gpt2JaxError, UsageError
 
@@ -20,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns the exit code: 0 done, 2 config, 3 data or checkpoint, 4 diverged, 130 interrupted."""
     try:
         flags, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
+        if not flags.config and not flags.print_config:
+            raise UsageError("--config=FILE is needed, such as --config=configs/quickstart.py; see --help")
         config = load_config(flags.config, overrides)
         if flags.print_config:
             print(describe(config))
@@ -30,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         options = RunOptions(
             workdir=flags.workdir or str(pathlib.Path("runs") / pathlib.Path(flags.config).stem),
-            config_file=flags.config,
+            config_flags=(
+                f"--config={flags.config}",
+                *(f"--config.{key}={value}" for key, value in overrides.items()),
+            ),
             tensorboard=flags.tensorboard,
             wandb=flags.wandb,
             profile=_profile_steps(flags.profile),
@@ -40,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Gpt2JaxError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, say
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return Gpt2JaxError.exit_code
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command resumes from the last saved step", file=sys.stderr)
         return INTERRUPTED
@@ -53,7 +63,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         epilog="Any key of the config is overridden by --config.SECTION.KEY=VALUE; --print_config shows them all.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    parser.add_argument("--config", default="", metavar="FILE", help="Python file with get_config()")
     parser.add_argument("--workdir", default="", help="run folder (default: runs/NAME of the config file)")
     parser.add_argument("--print_config", action="store_true", help="show the resolved config and exit")
     parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
@@ -61,7 +71,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--profile", default="", metavar="FIRST:LAST", help="profiler trace of these steps")
     parser.add_argument(
         "--compile_cache",
-        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", "~/.cache/gpt2_jax/xla"),
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla")),
         metavar="DIR",
         help="folder of compiled programs, or off (default: %(default)s)",
     )
@@ -103,8 +113,13 @@ def _profile_steps(text: str) -> tuple[int, int] | None:
 def _quiet_logs() -> None:
     """Leaves the screen to the run's own lines."""
     # What Orbax and Grain log as errors they also raise.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # XLA on CPU reports every program that comes from the compile cache as an error, since it takes its own tuning
     # hints for processor features that are missing. Where only the CPU is there, its log is silenced.
     if not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # When a file of a checkpoint is damaged, Orbax leaves the reads of the others to an event loop that it has closed.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda lost: report(lost) if str(lost.exc_value) != "Event loop is closed" else None

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import EvaluationBatches
 from gpt2_jax.decoding.sample import continue_rows
@@ -139,7 +140,7 @@ class Sample:
         self._key = jax.random.key(config.seed)
         self._length = min(config.context_length, 1 + SAMPLE_TOKENS)
         self._rows = mesh.shape["data"] * mesh.shape["fsdp"]  # so that they spread evenly over the devices
-        self._file, self._progress = folder / "samples.txt", progress
+        self._folder, self._progress = folder / "samples", progress
 
     def __call__(self, step: int, state: TrainState) -> None:
         """See `loop.Action`."""
@@ -148,8 +149,8 @@ class Sample:
         key = jax.random.fold_in(self._key, step)
         drawn_BT = continue_rows(state.eval_params, tokens_BT, 1, key, temperature, model=self._model)
         text = self._text(np.asarray(drawn_BT)[0, 1:].tolist())
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(f"--- step {step}\n{text}\n")
+        self._folder.mkdir(exist_ok=True)
+        write_text_atomically(self._folder / f"step_{step:07d}.txt", text)
         self._progress.say(f"--- sample after step {step}\n{text}\n---")
 
     def _text(self, ids: list[int]) -> str:

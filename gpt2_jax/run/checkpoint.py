@@ -4,7 +4,9 @@ A step's folder holds separate items: `params` and (if kept) `ema`, plain nested
 needs; `meta`, JSON with the fingerprints of data and tokenizer.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from gpt2_jax.config import CheckpointConfig
-from gpt2_jax.errors import DataError
+from gpt2_jax.errors import DataError, Gpt2JaxError
 from gpt2_jax.training.train_state import TrainState
 
 _METRIC = "held_out_loss"
@@ -45,9 +47,9 @@ class Checkpoints:
         """Starts saving the state under its step; returns when the arrays are copied, and writes in the background.
 
         Raises:
-          OSError, ValueError: from an earlier save that failed in the background.
+          Gpt2JaxError: this save failed, or an earlier one in the background.
+          DataError: a step as new is there already.
         """
-        self._manager.check_for_errors()
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params),
             "training": ocp.args.StandardSave(_training_item(state)),
@@ -57,7 +59,10 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardSave(state.ema)
         metrics = None if held_out_loss is None else {_METRIC: held_out_loss}
         step = int(state.step)
-        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics):
+        with self._failure_told():
+            self._manager.check_for_errors()
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        if not saved:
             raise DataError(f"{self._folder}: step {step} was not saved: a step as new exists already")
 
     def steps(self) -> list[int]:
@@ -95,20 +100,36 @@ class Checkpoints:
         return self._restore(step, {item: ocp.args.StandardRestore(abstract_params)})[item]
 
     def close(self) -> None:
-        """Waits for the last save. Raises what it raised."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-        self._manager.close()
+        """Waits for the last save. Raises Gpt2JaxError when it failed."""
+        with self._failure_told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise bare ValueError for a full disk
+            raise Gpt2JaxError(
+                f"{self._folder}: a save failed: {_one_line(error)}; the saved steps before it are intact, and "
+                "the same command goes on from there"
+            ) from error
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise bare Exception for damaged files
-            reason = " ".join(str(error).split())[:300]
             raise DataError(
-                f"{self._folder / str(step)} cannot be restored: {type(error).__name__}: {reason}; remove that folder "
-                "to continue from the step before it"
+                f"{self._folder / str(step)} cannot be restored: {_one_line(error)}; remove that folder to continue "
+                "from the step before it"
             ) from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    # TensorStore names the file first and the cause last, with much in between.
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 def _training_item(state: TrainState) -> dict[str, Any]:

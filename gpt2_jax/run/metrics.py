@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import values_by_key
-from gpt2_jax.errors import UsageError
 
 
 class MetricWriter(Protocol):
@@ -46,12 +45,8 @@ class TensorBoard:
     """Scalars for TensorBoard, through tensorboardX."""
 
     def __init__(self, folder: pathlib.Path, resume_step: int) -> None:
-        try:
-            import tensorboardX
-        except ImportError:
-            raise UsageError(
-                "--tensorboard needs tensorboardX, which is not installed: pip install 'gpt2-jax[tensorboard]'"
-            ) from None
+        import tensorboardX
+
         self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -68,10 +63,8 @@ class WeightsAndBiases:
     """Scalars for Weights & Biases; WANDB_MODE=offline keeps them on this machine."""
 
     def __init__(self, folder: pathlib.Path, project: str, config: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError("--wandb needs wandb, which is not installed: pip install 'gpt2-jax[wandb]'") from None
+        import wandb
+
         self._run = wandb.init(project=project, name=folder.name, dir=str(folder), config=values_by_key(config))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -86,7 +79,7 @@ class WeightsAndBiases:
 def read_reports(file: pathlib.Path) -> list[dict[str, Any]]:
     """The reports in a `metrics.jsonl`; a last line cut short by a killed process is left out."""
     reports = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             reports.append(json.loads(line))
         except ValueError:

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.sharding import Mesh
@@ -14,10 +15,13 @@ from jax.sharding import Mesh
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import TrainBatches
 from gpt2_jax.data.token_store import TokenStore
+from gpt2_jax.errors import UsageError
+from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size, parameter_count
 from gpt2_jax.run.actions import Evaluate, Report, Sample, Save
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.first_state import first_state
+from gpt2_jax.run.interrupt import interrupt_held_back
 from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
@@ -36,7 +40,7 @@ class RunOptions:
 
     Attributes:
       workdir: the run folder; made if need be, resumed if it holds a run.
-      config_file: where the config came from, for the commands that the run proposes at its end.
+      config_flags: the flags that the config came from, for the commands that the run proposes at its end.
       tensorboard: mirror the metrics for TensorBoard, in the run folder.
       wandb: project of Weights & Biases to mirror the metrics to; empty: none.
       profile: first and last step of a profiler trace, or None.
@@ -44,7 +48,7 @@ class RunOptions:
     """
 
     workdir: str
-    config_file: str
+    config_flags: tuple[str, ...]
     tensorboard: bool = False
     wandb: str = ""
     profile: tuple[int, int] | None = None
@@ -57,21 +61,33 @@ def run(config: RunConfig, options: RunOptions) -> None:
     Raises:
       UsageError, DataError, DivergedError: one line for the user; see errors.py.
     """
+    if options.profile is not None and options.profile[1] > config.train.steps:
+        first, last = options.profile
+        raise UsageError(f"--profile={first}:{last}: the run has only train.steps={config.train.steps} steps")
+    _check_mirrors(options)
     folder = make_folder(options.workdir)
+    with folder_lock(folder.absolute(), wait=False):
+        _run(config, options, folder)
+
+
+def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
     _set_compile_cache(options.compile_cache)
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
+    if holds_run(folder):
+        stored = read_config(folder)
+        check_unchanged(stored, with_vocabulary(config, stored.model.vocab_size), folder)
     store = open_data(config, folder)
     tokenizer = store.tokenizer
     config = with_vocabulary(config, tokenizer.vocab_size)
-    if holds_run(folder):
-        check_unchanged(read_config(folder), config, folder)
+    check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
     train_batches, held_out_batches = cut_batches(config, store)
 
     settings = make_settings(config, mesh)
     fingerprints = {"data_fingerprint": store.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     steps = config.train.steps
     with contextlib.ExitStack() as stack:
+        interrupt_if_asked = stack.enter_context(interrupt_held_back())
         stack.enter_context(use_mesh(mesh))
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
@@ -92,9 +108,10 @@ def run(config: RunConfig, options: RunOptions) -> None:
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
+        batches = _interruptible(train_batches.iterate(start, steps), interrupt_if_asked)
         train(
             state,
-            _profiled(train_batches.iterate(start, steps), options.profile, folder / "profile"),
+            _profiled(batches, options.profile, folder / "profile"),
             settings=settings,
             mesh=mesh,
             last_step=steps,
@@ -108,7 +125,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
             ),
         )
     draw_losses(folder / "metrics.jsonl", folder / "loss.png")
-    print(_farewell(config, options.config_file, folder, evaluate.losses, start), flush=True)
+    print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
 
 
 def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
@@ -130,6 +147,15 @@ def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
         loss_chunk=chunk,
         ema_decay=config.optimizer.ema_decay,
     )
+
+
+def _check_mirrors(options: RunOptions) -> None:
+    for flag, wanted, package, extra in (
+        ("--tensorboard", options.tensorboard, "tensorboardX", "tensorboard"),
+        ("--wandb", bool(options.wandb), "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{flag} needs {package}, which is not installed: pip install 'gpt2-jax[{extra}]'")
 
 
 def _writers(folder: pathlib.Path, options: RunOptions, config: RunConfig, start: int) -> list[MetricWriter]:
@@ -162,7 +188,9 @@ def _summary(
     )
 
 
-def _farewell(config: RunConfig, config_file: str, folder: pathlib.Path, losses: dict[int, float], start: int) -> str:
+def _farewell(
+    config: RunConfig, options: RunOptions, folder: pathlib.Path, losses: dict[int, float], start: int
+) -> str:
     lines = []
     if start >= config.train.steps:
         lines.append(f"{folder} was done already: {start} of {config.train.steps} steps")
@@ -170,18 +198,26 @@ def _farewell(config: RunConfig, config_file: str, folder: pathlib.Path, losses:
         lines.append(f"held-out loss {losses[max(losses)]:.4f} after step {max(losses)}")
     load = f"import gpt2_jax; config, params, tokenizer = gpt2_jax.load({json.dumps(str(folder))}); print(config.model)"
     finetune = [
-        f"--config={config_file}",
+        *options.config_flags,
         f"--workdir={folder}-finetuned",
         f"--config.init_from={folder}",
         f"--config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}",
     ]
     lines += [
-        f"loss curve {folder / 'loss.png'}, numbers {folder / 'metrics.jsonl'}, samples {folder / 'samples.txt'}",
-        "to use it, or to go on from it with a smaller rate (and your text, by --config.data.source=text:GLOB):",
+        f"loss curve {folder / 'loss.png'}, numbers {folder / 'metrics.jsonl'}, samples {folder / 'samples'}",
+        "to use it, or to go on from it with a smaller rate (on your text: --config.data.source=text:GLOB):",
         f"  python -c {shlex.quote(load)}",
         f"  python train.py {shlex.join(finetune)}",
     ]
     return "\n".join(lines)
+
+
+def _interruptible(
+    batches: Iterator[tuple[int, HostBatch]], interrupt_if_asked: Callable[[], None]
+) -> Iterator[tuple[int, HostBatch]]:
+    for numbered in batches:
+        interrupt_if_asked()
+        yield numbered
 
 
 def _profiled(

@@ -5,43 +5,41 @@ import pathlib
 
 import jax
 
+from gpt2_jax.cache_folder import cache_folder
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import EvaluationBatches, TrainBatches
 from gpt2_jax.data.prepare import ensure_prepared
 from gpt2_jax.data.token_store import TokenStore, open_token_store
 from gpt2_jax.data.windows import PackedWindows, PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
-from gpt2_jax.run.run_folder import holds_run, read_data
+from gpt2_jax.run.run_folder import holds_run, read_config, read_data
+
+_TOKENIZER_KEYS = ("name", "normalization", "lowercase")
 
 
 def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
-    """The token store that the run in `folder` began with, if it is still there; else the configured one.
+    """The token store of the run in `folder`, prepared if need be, with every shard's hash checked.
+
+    While the settings of the data are those that the run began with, its own store is opened, whatever has become of
+    the text; else the configured one, which must have the same content.
 
     Raises:
+      UsageError: the source or tokenizer cannot be used.
       DataError: the data is damaged, or no longer what the run began with.
     """
-    known = read_data(folder) if holds_run(folder) else None
-    if known is not None and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
-        store = open_token_store(pathlib.Path(known["folder"]))
-        if store.fingerprint == known["fingerprint"]:
-            return store
-    store = ensure_prepared(
-        source=config.data.source,
-        text_field=config.data.text_field,
-        tokenizer_name=config.tokenizer.name,
-        tokenizer_path=config.tokenizer.path,
-        normalization=config.tokenizer.normalization,
-        lowercase=config.tokenizer.lowercase,
-        held_out=config.data.held_out,
-        cache_dir=pathlib.Path(config.data.cache_dir).expanduser(),
-    )
-    _check_tokenizer(config, store)
-    if known is not None and store.fingerprint != known["fingerprint"]:
-        raise DataError(
-            f"{folder} was trained on data {known['fingerprint'][:12]}, {config.data.source} now gives "
-            f"{store.fingerprint[:12]}: bring the old data back, or use another --workdir"
-        )
-    return store
+    if not holds_run(folder):
+        return _verified(_configured_store(config))
+    known, stored = read_data(folder), read_config(folder)
+    same_settings = dataclasses.replace(stored.data, cache_dir="") == dataclasses.replace(config.data, cache_dir="")
+    if same_settings and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
+        store = open_token_store(known["folder"])
+    else:
+        store = _configured_store(config)
+    if store.fingerprint != known["fingerprint"]:
+        found = f"{folder} was trained on data {known['fingerprint'][:12]}, {config.data.source} now gives "
+        found += f"{store.fingerprint[:12]}: bring the old data back, or use another --workdir"
+        raise DataError(found) if same_settings else UsageError(found)
+    return _verified(store)
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
@@ -66,11 +64,6 @@ def cut_batches(config: RunConfig, store: TokenStore) -> tuple[TrainBatches, Eva
         held_out_windows = PackedWindows(held_out_stream, length, include_tail=True)
     else:
         end_of_text = store.tokenizer.end_of_text
-        if end_of_text is None:
-            raise UsageError(
-                f"data.windows=padded pads with end-of-text, which tokenizer.name={store.tokenizer.name} has not; "
-                "use data.windows=packed"
-            )
         train_windows = PaddedWindows(train_stream, length, end_of_text)
         held_out_windows = PaddedWindows(held_out_stream, length, end_of_text)
     microbatch = train.batch_size // train.microbatches
@@ -86,15 +79,48 @@ def cut_batches(config: RunConfig, store: TokenStore) -> tuple[TrainBatches, Eva
     )
 
 
-def _check_tokenizer(config: RunConfig, store: TokenStore) -> None:
-    """A store that was prepared apart must have been made with the tokenizer that the config names."""
-    for key in ("name", "normalization", "lowercase"):
+def _configured_store(config: RunConfig) -> TokenStore:
+    store = ensure_prepared(
+        source=config.data.source,
+        text_field=config.data.text_field,
+        tokenizer_name=config.tokenizer.name,
+        tokenizer_path=_tokenizer_path(config),
+        normalization=config.tokenizer.normalization,
+        lowercase=config.tokenizer.lowercase,
+        held_out=config.data.held_out,
+        cache_dir=config.data.cache_dir or cache_folder("tokens"),
+    )
+    for key in _TOKENIZER_KEYS:  # a store that was prepared apart
         wanted, found = getattr(config.tokenizer, key), getattr(store.tokenizer, key)
         if wanted != found:
             raise DataError(
                 f"{store.folder} was made with tokenizer.{key}={found}, the config has tokenizer.{key}={wanted}; "
                 f"give --config.tokenizer.{key}={found}, or prepare the text again"
             )
+    return store
+
+
+def _verified(store: TokenStore) -> TokenStore:
+    store.verify()
+    return store
+
+
+def _tokenizer_path(config: RunConfig) -> str:
+    """Where the tokenizer's files are: a learned one is that of `init_from`, so that its ids mean the same."""
+    if not config.init_from:
+        return config.tokenizer.path
+    source = pathlib.Path(config.init_from).expanduser()
+    if not (source / "config.json").is_file():
+        raise UsageError(f"init_from={config.init_from}: no run there (no config.json); name a run folder")
+    there = read_config(source).tokenizer
+    for key in _TOKENIZER_KEYS:
+        wanted, found = getattr(config.tokenizer, key), getattr(there, key)
+        if wanted != found:
+            raise UsageError(
+                f"tokenizer.{key}={wanted}, but init_from={config.init_from} has {found}; set it to {found}"
+            )
+    learned = config.tokenizer.name not in ("gpt2", "bytes")
+    return str(source / "tokenizer") if learned and not config.tokenizer.path else config.tokenizer.path
 
 
 def _own_rows(batch_size: int) -> slice:

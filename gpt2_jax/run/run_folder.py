@@ -1,7 +1,7 @@
 """A run folder explains itself: resolved config, tokenizer, where the tokens came from, versions.
 
 config.json       the resolved config           metrics.jsonl   one line per report
-run.json          data and versions             samples.txt     text written during training
+run.json          data and versions             samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step
 """
@@ -20,18 +20,25 @@ from gpt2_jax.errors import DataError, UsageError
 _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 # Keys that a resumed run may change: they decide how long and how it runs, not what the done steps computed.
-_CHANGEABLE = ("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "data.cache_dir")
+_CHANGEABLE = (
+    *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every"),
+    *("train.loss_chunk", "model.remat", "model.scan_unroll"),  # memory and speed; equal up to rounding
+    *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py
+    "init_from",  # made its mark at the first step
+)
 _CHANGEABLE_SECTIONS = ("checkpoint.", "mesh.")
 
 
 def make_folder(path: str) -> pathlib.Path:
     """The folder, made if need be and proved writable. Raises UsageError before anything else has been done."""
-    folder = pathlib.Path(path).expanduser()
     try:
+        folder = pathlib.Path(path).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
+    except RuntimeError as error:  # a home folder that is not there
+        raise UsageError(f"--workdir={path}: {error}; choose a folder that can be made and written to") from None
     except OSError as error:
         raise UsageError(
             f"--workdir={path}: {error.strerror} ({error.filename}); choose a folder that can be made and written to"
@@ -50,8 +57,7 @@ def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, str]) -> 
 def holds_run(folder: pathlib.Path) -> bool:
     """Whether a run was started here and has saved a step; one that has not binds nobody to its settings."""
     checkpoints = folder / "checkpoints"
-    saved = checkpoints.is_dir() and any(step.name.isdecimal() for step in checkpoints.iterdir())
-    return saved and (folder / "config.json").is_file()
+    return checkpoints.is_dir() and any(step.name.isdecimal() for step in checkpoints.iterdir())
 
 
 def read_config(folder: pathlib.Path) -> RunConfig:
@@ -95,6 +101,8 @@ def _may_change(key: str, stored: RunConfig, wanted: RunConfig) -> bool:
             "constant",
             "inverse_sqrt",
         )
+    if key == "train.microbatches":  # each draws its own dropout
+        return not any((wanted.model.embd_pdrop, wanted.model.attn_pdrop, wanted.model.resid_pdrop))
     return key in _CHANGEABLE or key.startswith(_CHANGEABLE_SECTIONS)
 
 

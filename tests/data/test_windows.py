@@ -67,7 +67,7 @@ def test_packed_windows_without_tail_count(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize("include_tail, tokens, needed", [(False, 3, 4), (True, 1, 2)])
 def test_too_short_for_a_window(tmp_path: pathlib.Path, include_tail: bool, tokens: int, needed: int) -> None:
     stream = make_stream(tmp_path, [list(range(1, tokens + 1))])
-    message = f"the train split of {tokens} tokens .*context length 3 takes {needed} tokens; make train.context_length smaller"
+    message = f"the train split of {tokens} tokens .*context length 3 takes {needed} tokens; make train.context_length"
     with pytest.raises(DataError, match=message):
         PackedWindows(stream, 3, include_tail=include_tail)
 
