@@ -21,6 +21,7 @@ from gpt2_jax.config_file import (
     values_by_key,
 )
 from gpt2_jax.errors import UsageError
+from gpt2_jax.model.gpt2 import parameter_count
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -53,6 +54,21 @@ def test_every_preset_loads_and_says_its_command(file: pathlib.Path) -> None:
     assert f"python train.py --config=configs/{file.name}" in docstring
     tokens = config.train.batch_size * config.context_length
     assert f"{tokens:,} tokens per step" in docstring, f"the docstring should say {tokens:,} tokens per step"
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("gpt2_124m", 124_439_808),
+        ("gpt2_355m", 354_823_168),
+        ("gpt2_774m", 774_030_080),
+        ("gpt2_1558m", 1_557_611_200),
+        ("distilgpt2", 81_912_576),
+    ],
+)
+def test_presets_have_the_published_parameter_counts(preset: str, parameters: int) -> None:
+    (file,) = (file for file in CONFIGS if file.stem == preset)
+    assert parameter_count(load_config(str(file), {}).model) == parameters
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,8 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
             advance=progress.advance,
             actions=(
                 Action(config.train.eval_every, evaluate),
-                Action(config.checkpoint.every, save),
                 Action(config.train.sample_every, sample),
+                Action(config.checkpoint.every, save),  # last: a run that is killed goes on after what was saved
             ),
         )
     draw_losses(folder / "metrics.jsonl", folder / "loss.png")
