@@ -16,6 +16,7 @@ from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import Gpt2JaxError, UsageError
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError("--config=FILE is needed, such as --config=configs/quickstart.py; see --help")
         config = load_config(flags.config, overrides)
         if flags.print_config:
-            print(describe(config))
+            print(describe(config), flush=True)
             return 0
         _quiet_logs()
         # Only now, when the flags are known to be right: it takes seconds.
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Gpt2JaxError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of --print_config (head, say) has what it wanted; the interpreter flushes once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except OSError as error:  # a full disk, say
         print(f"train.py: error: {error}", file=sys.stderr)
         return Gpt2JaxError.exit_code
