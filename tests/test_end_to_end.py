@@ -283,6 +283,22 @@ def test_init_from_starts_where_the_other_run_ended(
     assert config.optimizer.learning_rate != OptimizerConfig().learning_rate
 
 
+@pytest.mark.parametrize("tokenizer", ["chars", "bpe:30"])
+def test_other_text_is_tuned_on_with_the_learned_tokenizer(
+    tiny: Workshop, tmp_path: pathlib.Path, tokenizer: str
+) -> None:
+    settings = {"tokenizer.name": tokenizer, "train.steps": 4, "train.eval_every": 0, "optimizer.warmup_steps": 1}
+    first = tiny.run_here(tmp_path / "first", settings)
+    assert first.code == 0, first.err
+    other = tmp_path / "other.txt"
+    other.write_text("sums: one plus two is three. " * 60 if tokenizer != "chars" else "12 plus 34 is 46. " * 60)
+    settings |= {"init_from": tmp_path / "first", "data.source": f"text:{other}"}
+    second = tiny.run_here(tmp_path / "second", settings)
+    assert second.code == 0, second.err
+    tokenizers = [gpt2_jax.load(tmp_path / name)[2] for name in ("first", "second")]
+    assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
+
+
 @pytest.mark.parametrize(
     ("settings", "fragments"),
     [

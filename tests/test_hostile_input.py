@@ -1,5 +1,6 @@
 """What users get wrong, through the real command: one line, the right exit code, and nothing half-written."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from tiny_run import Workshop, contents, finished_run, workshop
 
 from gpt2_jax.data.prepare import prepare
+from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.tokenizer import make_tokenizer
 
 
@@ -98,6 +100,13 @@ def test_a_truncated_shard(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     refused(tiny, tmp_path, {"data.source": f"tokens:{folder}"}, 3, str(shard), "bytes", "prepare")
 
 
+def test_a_shard_with_other_ids(tiny: Workshop, tmp_path: pathlib.Path) -> None:
+    folder = store(tmp_path / "store", tiny)
+    shard = folder / json.loads((folder / "manifest.json").read_text())["splits"]["train"][0]["file"]
+    shard.write_bytes(b"\xff" * shard.stat().st_size)  # ids beyond the vocabulary
+    refused(tiny, tmp_path, {"data.source": f"tokens:{folder}"}, 3, str(shard), "sha256", "prepare")
+
+
 def test_a_store_with_the_tokenizer_of_another(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     folder = store(tmp_path / "store", tiny)
     make_tokenizer("chars", texts=lambda: ["abc"]).save(folder)
@@ -115,6 +124,29 @@ def test_a_folder_that_is_no_store(tiny: Workshop, tmp_path: pathlib.Path) -> No
 
 
 # The run folder
+
+
+def test_a_folder_where_another_process_trains(tiny: Workshop, tmp_path: pathlib.Path) -> None:
+    with folder_lock(tmp_path / "run"):
+        tiny.run_here(tmp_path / "run").says(2, str(tmp_path / "run"), "another process works there")
+    assert contents(tmp_path / "run") == {}
+
+
+def test_a_run_without_its_config(tiny: Workshop, run_copy: pathlib.Path) -> None:
+    (run_copy / "config.json").unlink()
+    before = contents(run_copy)
+    tiny.run_here(run_copy, {"optimizer.learning_rate": 0.5}).says(3, str(run_copy), "config.json")
+    assert contents(run_copy) == before
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--tensorboard", "tensorboardX"), ("--wandb=p", "wandb")])
+def test_a_mirror_that_is_not_installed(
+    tiny: Workshop, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, flag: str, package: str
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    tiny.run_here(tmp_path / "run", None, flag).says(2, package, "pip install")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_below_a_file(tiny: Workshop, tmp_path: pathlib.Path) -> None:

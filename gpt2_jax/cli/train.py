@@ -7,7 +7,6 @@ import logging
 import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -124,7 +123,3 @@ def _quiet_logs() -> None:
     # hints for processor features that are missing. Where only the CPU is there, its log is silenced.
     if not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # When a file of a checkpoint is damaged, Orbax leaves the reads of the others to an event loop that it has closed.
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda lost: report(lost) if str(lost.exc_value) != "Event loop is closed" else None
