@@ -15,6 +15,7 @@ from gpt2_jax.config_file import fields_by_key
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # Reading a key to check, print, store or compare it is no use of it.
+_PACKAGE = pathlib.Path(schema.__file__).parent
 _NO_USE = {"config.py", "config_file.py", "dataclasses.py", "copy.py", "run_folder.py"}
 
 
@@ -32,7 +33,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
                 while frame.f_code.co_name in ("context_length", "get") and frame.f_back is not None:
                     frame = frame.f_back
                 file = pathlib.Path(frame.f_code.co_filename)
-                if file.name not in _NO_USE and "gpt2_jax" in file.parts:
+                if file.name not in _NO_USE and _PACKAGE in file.parents:
                     read.add(f"{prefix}{name}")
             return object.__getattribute__(self, name)
 
