@@ -56,15 +56,16 @@ def measure(config: RunConfig, rounds: int, seconds: float) -> dict[str, object]
         "parameters": parameter_count(config.model),
         "tokens_per_step": weights.size,
         "first_step_seconds": round(first_step, 2),
-        "tokens_per_second": _spread(rates, 0),
-        "matmul_gflops": _spread([peak / 1e9 for peak in peaks], 0),
-        "share_of_matmul_rate": _spread(shares, 3),
+        "tokens_per_second": spread(rates, 0),
+        "matmul_gflops": spread([peak / 1e9 for peak in peaks], 0),
+        "share_of_matmul_rate": spread(shares, 3),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
 
 
-def _spread(values: list[float], digits: int) -> dict[str, float]:
+def spread(values: list[float], digits: int) -> dict[str, float]:
+    """Median and range."""
     return {
         "median": round(statistics.median(values), digits),
         "min": round(min(values), digits),
