@@ -1,6 +1,6 @@
 """How fast is the train step, and how much of the machine's matrix-product rate does it reach?
 
-    python -m benchmarks.train --config=configs/shakespeare_char_cpu.py
+    python -m benchmarks.train --config=configs/shakespeare_char_cpu.py --vocab_size=65
 
 Steps on random tokens of the config's shape, all on one batch that lies on the device, are timed in rounds; between the
 rounds the float32 matrix-product rate is measured, so that both see the same machine. Prints a table and a JSON line of
@@ -42,13 +42,17 @@ def measure(config: RunConfig, rounds: int, seconds: float) -> dict[str, object]
         state, metrics = train_step(state, batch, settings=settings)
         jax.block_until_ready(metrics)
         first_step = time.perf_counter() - began
+        began = time.perf_counter()
+        for _ in range(5):
+            state, metrics = train_step(state, batch, settings=settings)
+        jax.block_until_ready(metrics)
+        steps = max(1, round(5 * seconds / (time.perf_counter() - began)))
         for _ in range(rounds):
             peaks.append(measured_matmul_rate())
-            steps, began = 0, time.perf_counter()
-            while time.perf_counter() - began < seconds:
+            began = time.perf_counter()
+            for _ in range(steps):
                 state, metrics = train_step(state, batch, settings=settings)
-                jax.block_until_ready(metrics)
-                steps += 1
+            jax.block_until_ready(metrics)
             rates.append(steps * weights.size / (time.perf_counter() - began))
     flops = flops_per_token(config.model, config.context_length)
     shares = [rate * flops / peak for rate, peak in zip(rates, peaks, strict=True)]
@@ -77,12 +81,16 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--vocab_size", type=int, default=65, help="ids, where the config leaves them to the tokenizer")
+    parser.add_argument("--vocab_size", type=int, default=0, help="ids, where the config leaves them to the tokenizer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each round")
     flags = parser.parse_args()
     config = load_config(flags.config, {})
     if not config.model.vocab_size:
+        if flags.vocab_size < 1:
+            parser.error(
+                f"{flags.config} leaves the vocabulary to the tokenizer: give --vocab_size, such as 65 for chars"
+            )
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=flags.vocab_size))
     result = measure(config, flags.rounds, flags.seconds)
     for name, value in result.items():

@@ -13,6 +13,7 @@ from typing import Any
 from gpt2_jax.errors import UsageError
 
 MAX_MERGES = 50_000
+SOURCE_KINDS = ("text", "jsonl", "parquet", "tfds", "nanogpt", "tokens")
 
 
 def _key(
@@ -129,6 +130,15 @@ class DataConfig(_Section):
     cache_dir: str = _key(
         "", "folder for the token shards that train.py prepares; empty: in XDG_CACHE_HOME, by default ~/.cache"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind, colon, name = self.source.partition(":")
+        if self.source != "stdlib" and not (kind in SOURCE_KINDS and colon and name):
+            near = difflib.get_close_matches(kind, ("stdlib", *SOURCE_KINDS), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            allowed = ", ".join(f"{known}:..." for known in SOURCE_KINDS)
+            raise UsageError(f"data.source={self.source!r} is no source; allowed: stdlib, {allowed}{hint}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,9 +36,7 @@ def _acquire(path: pathlib.Path, wait: bool) -> int:
         except BlockingIOError:
             if not wait:
                 os.close(descriptor)
-                raise UsageError(
-                    f"{path.with_suffix('')}: another process works there; wait for it, or name another folder"
-                ) from None
+                raise UsageError(f"{path}: another process works there; wait for it, or name another folder") from None
             print(f"waiting for another process, which holds {path}", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         # The last holder removed the file before it let go: what we hold may no longer be the file of that name.

@@ -58,17 +58,23 @@ def check_divisible(config: RunConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
     model, train, shape = config.model, config.train, mesh.shape
     batch_shards = shape["data"] * shape["fsdp"]
     microbatch = train.batch_size // train.microbatches
+    batch_axes = "mesh.data x mesh.fsdp"
     for what, size, parts, axes in (
-        ("train.batch_size / train.microbatches", microbatch, batch_shards, "mesh.data x mesh.fsdp"),
+        ("train.batch_size / train.microbatches", microbatch, batch_shards, batch_axes),
         ("model.n_embd", model.n_embd, shape["fsdp"], "mesh.fsdp"),
         ("model.n_head", model.n_head, shape["tensor"], "mesh.tensor"),
         ("the padded vocabulary", vocab_rows, shape["tensor"], "mesh.tensor"),
     ):
+        if size % parts and axes == batch_axes:
+            below, above = size // parts * parts, -(-size // parts) * parts
+            nearest = f"{below} or {above}" if below else str(above)
+            raise UsageError(f"{what} = {size} cannot be split over {axes} = {parts}; the nearest that can: {nearest}")
         if size % parts:
-            near = [n for n in range(1, size + 1) if size % n == 0]
-            nearest = min(near, key=lambda n: abs(n - parts))
+            possible = [n for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0]
+            nearest = str(min(possible, key=lambda n: abs(n - parts)))
             raise UsageError(
-                f"{what} = {size} cannot be split over {axes} = {parts}; the nearest that can is {nearest}"
+                f"{what} = {size} cannot be split over {axes} = {parts}; of {mesh.size} devices, the nearest that can: "
+                f"{nearest}"
             )
 
 

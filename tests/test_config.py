@@ -99,6 +99,8 @@ def test_presets_have_the_published_parameter_counts(preset: str, parameters: in
         ("train.microbatches", "5", ["train.batch_size=32", "train.microbatches=5"]),
         ("train.loss_chunk", "100", ["train.loss_chunk=100", "128"]),
         ("data.windows", "pack", ["data.windows='pack'", "packed"]),
+        ("data.source", "txt:a.txt", ["data.source='txt:a.txt'", "text:...", "did you mean text?"]),
+        ("data.source", "tokens:", ["data.source='tokens:'"]),
         ("data.held_out", "1", ["data.held_out=1.0", "below 1"]),
         ("mesh.data", "0", ["mesh.data=0"]),
         ("mesh.fsdp", "-1", ["at most one axis"]),

@@ -238,6 +238,8 @@ def test_a_finished_run_changes_nothing(tiny: Workshop, straight: tuple[pathlib.
         ),
         ({"train.steps": 140}, ["train.steps 120 -> 140"]),  # the rate depends on it
         ({"tokenizer.name": "chars"}, ["tokenizer.name 'bytes' -> 'chars'"]),
+        ({"model.vocab_size": 300}, ["model.vocab_size 257 -> 300"]),
+        ({"init_from": "elsewhere"}, ["init_from '' -> 'elsewhere'"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -262,6 +264,17 @@ def test_other_data_do_not_touch_a_run_but_the_same_elsewhere_are_fine(
     (tmp_path / "moved.txt").write_bytes(tiny.corpus.read_bytes())
     moved = tiny.run_here(folder, {"data.source": f"text:{tmp_path / 'moved.txt'}"})
     assert moved.code == 0, moved.err
+
+
+def test_a_vocabulary_chosen_once_stays(tiny: Workshop, tmp_path: pathlib.Path) -> None:
+    settings = {"train.steps": 2, "train.eval_every": 0, "checkpoint.every": 1, "optimizer.warmup_steps": 1}
+    assert tiny.run_here(tmp_path / "run", {**settings, "model.vocab_size": 600}).code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    again = tiny.run_here(tmp_path / "run", settings)
+    assert again.code == 0, again.err
+    config, params, _ = gpt2_jax.load(tmp_path / "run")
+    assert config.model.vocab_size == 600
+    assert params["wte"]["embedding"].shape[0] == 640
 
 
 # Fine-tuning

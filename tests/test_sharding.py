@@ -122,9 +122,9 @@ def test_mesh_that_does_not_fit_the_devices(config: MeshConfig, fragment: str) -
 @pytest.mark.parametrize(
     ("shape", "config", "fragment"),
     [
-        ((8, 1, 1), RunConfig(train=TrainConfig(batch_size=12)), "batch_size / train.microbatches = 12"),
+        ((8, 1, 1), RunConfig(train=TrainConfig(batch_size=12)), "microbatches = 12 .* = 8; .*that can: 8 or 16"),
         ((4, 2, 1), RunConfig(train=TrainConfig(batch_size=32, microbatches=8)), "= 4 cannot be split"),
-        ((1, 1, 8), RunConfig(), "model.n_head = 12"),
+        ((1, 1, 8), RunConfig(), "model.n_head = 12 .* = 8; of 8 devices, the nearest that can: 4"),
         ((1, 8, 1), RunConfig(model=ModelConfig(n_embd=60, n_head=6)), "model.n_embd = 60"),
         ((1, 1, 5), RunConfig(model=ModelConfig(n_embd=1600, n_head=25)), "the padded vocabulary = 50304"),
     ],

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer_path",
         default="",
         metavar="DIR",
-        help="folder with GPT-2's vocab.bpe or merges.txt; gpt2 only",
+        help="folder of a saved tokenizer; for gpt2 one with vocab.bpe or merges.txt",
     )
     parser.add_argument(
         "--text_field",
@@ -61,5 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{'vocabulary':<12} {manifest.vocab_size:,} ids ({manifest.tokenizer}), stored as {manifest.dtype}")
     print(f"{'fingerprint':<12} {store.fingerprint}")
     flags = [f"--config.data.source=tokens:{store.folder}", f"--config.tokenizer.name={manifest.tokenizer}"]
+    if arguments.normalization != "none":
+        flags.append(f"--config.tokenizer.normalization={arguments.normalization}")
+    if arguments.lowercase:
+        flags.append("--config.tokenizer.lowercase=true")
     print(f"train on it with {shlex.join(flags)}")
     return 0

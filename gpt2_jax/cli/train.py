@@ -7,12 +7,13 @@ import logging
 import os
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gpt2_jax.cache_folder import cache_folder
 from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import Gpt2JaxError, UsageError
+from gpt2_jax.user_paths import cache_folder
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -45,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         run(config, options)
     except Gpt2JaxError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         # The reader of --print_config (head, say) has what it wanted; the interpreter flushes once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:  # a full disk, say
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return Gpt2JaxError.exit_code
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command resumes from the last saved step", file=sys.stderr)
@@ -123,3 +124,8 @@ def _quiet_logs() -> None:
     # hints for processor features that are missing. Where only the CPU is there, its log is silenced.
     if not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # When one file of a checkpoint fails (a full disk, damage), Orbax leaves the work on the others to an event loop
+    # that it has closed, and each complains from a thread of its own. The failure itself is raised and told.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda lost: report(lost) if str(lost.exc_value) != "Event loop is closed" else None

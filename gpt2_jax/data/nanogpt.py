@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt2_jax.data.token_store import Shard
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.user_paths import expand_user
 
 DTYPE = "uint16"
 _FILES = {"train": "train.bin", "held_out": "val.bin"}
@@ -16,7 +17,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 def nanogpt_files(folder: str) -> dict[str, pathlib.Path]:
     """The file of each split; UsageError if they are not there or hold the ids of characters."""
-    root = pathlib.Path(folder).expanduser().absolute()
+    root = expand_user(folder).absolute()
     if (root / "meta.pkl").exists():
         raise UsageError(
             f"nanogpt:{folder}: meta.pkl says that these are ids of characters; prepare the text itself with "

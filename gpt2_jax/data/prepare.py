@@ -36,6 +36,7 @@ from gpt2_jax.data.unit_writer import UnitTask
 from gpt2_jax.errors import DataError, Gpt2JaxError, UsageError
 from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from gpt2_jax.user_paths import expand_user
 
 _PROGRESS = "progress"
 
@@ -86,7 +87,7 @@ def prepare(
     if source.startswith("tokens:"):
         raise UsageError(f"source {source!r} is prepared already: train on it as it is")
     recipe = _recipe(source, text_field, tokenizer_name, tokenizer_path, normalization, lowercase, held_out, workers)
-    return _prepare(recipe, pathlib.Path(out).expanduser().absolute(), workers, progress)
+    return _prepare(recipe, expand_user(out).absolute(), workers, progress)
 
 
 def ensure_prepared(
@@ -107,13 +108,13 @@ def ensure_prepared(
     A source `tokens:DIR` is opened where it lies.
     """
     if source.startswith("tokens:"):
-        folder = pathlib.Path(source.removeprefix("tokens:")).expanduser()
+        folder = expand_user(source.removeprefix("tokens:"))
         if not folder.is_dir():
             raise UsageError(f"source {source!r}: no folder {folder}; make one with gpt2-jax prepare")
         return open_token_store(folder)
     recipe = _recipe(source, text_field, tokenizer_name, tokenizer_path, normalization, lowercase, held_out, workers)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{source}-{tokenizer_name}".lower()).strip("-")[-60:].strip("-")
-    out = pathlib.Path(cache_dir).expanduser().absolute() / f"{slug}-{recipe.key[:16]}"
+    out = expand_user(cache_dir).absolute() / f"{slug}-{recipe.key[:16]}"
     return _prepare(recipe, out, workers, progress)
 
 

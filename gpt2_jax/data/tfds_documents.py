@@ -6,12 +6,12 @@ Nothing here touches the network: only a folder that is already there is read.
 import dataclasses
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterator
 
 from gpt2_jax.data.document_formats import SPAN_BYTES, Span
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.user_paths import expand_user
 
 _NAME = re.compile(
     r"(?P<name>\w+)(/(?P<config>[^:/]+))?(:(?P<version>\d+\.\d+\.\d+))?(:(?P<split>[a-zA-Z].*))?", re.ASCII
@@ -69,7 +69,7 @@ def find_tfds(name: str, text_field: str) -> tuple[TfdsExamples, str]:
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise UsageError(f"tfds:{name}: write tfds:NAME, NAME/CONFIG, NAME:VERSION or NAME:SPLIT")
-    data_dir = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    data_dir = expand_user(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     folder = data_dir / parts["name"]
     if parts["config"]:
         folder /= parts["config"]

@@ -18,6 +18,7 @@ import numpy as np
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.errors import DataError
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
+from gpt2_jax.user_paths import expand_user
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -191,7 +192,7 @@ def open_token_store(folder: str | os.PathLike[str], tokenizer: Tokenizer | str 
 
     With `tokenizer`, or its fingerprint, the store must have been made by that one. Raises DataError.
     """
-    root = pathlib.Path(folder).expanduser().absolute()
+    root = expand_user(folder).absolute()
     manifest = _read_manifest(root)
     if tokenizer is not None:
         fingerprint = tokenizer if isinstance(tokenizer, str) else tokenizer.fingerprint

@@ -104,8 +104,8 @@ class Evaluate:
         loss = values["held_out_loss"]
         if not math.isfinite(loss):
             raise DivergedError(
-                f"step {step}: held-out loss {loss:.4g}: not finite; the saved steps before it are intact; lower "
-                "optimizer.learning_rate or lengthen optimizer.warmup_steps"
+                f"step {step}: held-out loss {loss:.4g}: not finite; the saved steps before it are intact; in another "
+                "--workdir, lower optimizer.learning_rate or lengthen optimizer.warmup_steps"
             )
         return values
 

@@ -6,8 +6,6 @@ needs; `meta`, JSON with the fingerprints of data and tokenizer.
 
 import contextlib
 import pathlib
-import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,18 +120,10 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise bare Exception for damaged files
-            _silence_dropped_reads()
             raise DataError(
-                f"{self._folder / str(step)} cannot be restored: {_one_line(error)}; remove that folder to continue "
-                "from the step before it"
+                f"{self._folder / str(step)} cannot be restored: {_one_line(error)}; if its files are damaged, move "
+                "that folder away to continue from the step before it"
             ) from error
-
-
-def _silence_dropped_reads() -> None:
-    """When a file is damaged, Orbax leaves the reads of the others to an event loop that it has closed."""
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda lost: report(lost) if str(lost.exc_value) != "Event loop is closed" else None
 
 
 def _one_line(error: Exception) -> str:

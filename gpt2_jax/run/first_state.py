@@ -1,7 +1,5 @@
 """The state a run starts with: its newest save, else the parameters of `init_from`, else random ones."""
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
@@ -9,10 +7,9 @@ from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.load import load
+from gpt2_jax.run.run_data import check_same_model
 from gpt2_jax.training.steps import StepSettings
-from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_init, state_shardings
-
-_SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_init, sharded_state
 
 
 def first_state(
@@ -42,22 +39,15 @@ def first_state(
                     "use another --workdir"
                 )
         return state
-    if not config.init_from:
-        return sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
-    params = _source_params(config, fingerprints["tokenizer_fingerprint"])
-    state = sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
-    shardings = state_shardings(settings.model, settings.optimizer, mesh, ema=ema)
-    placed = jax.device_put(params, shardings.params)
-    # A copy: the step donates the whole state, and a buffer can be donated only once.
-    return state.replace(params=placed, ema=jax.tree.map(jnp.copy, placed) if ema else None)
+    if config.init_from:
+        params = _source_params(config, fingerprints["tokenizer_fingerprint"])
+        return sharded_state(settings.model, settings.optimizer, params, mesh, ema=ema)
+    return sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=ema)
 
 
 def _source_params(config: RunConfig, tokenizer_fingerprint: str) -> Params:
     source, params, tokenizer = load(config.init_from)
-    for key in _SHAPE:
-        here, there = getattr(config.model, key), getattr(source.model, key)
-        if here != there:
-            raise UsageError(f"model.{key}={here}, but init_from={config.init_from} has {there}; set it to {there}")
+    check_same_model(config, source)
     if tokenizer.fingerprint != tokenizer_fingerprint:
         raise UsageError(
             f"tokenizer.name={config.tokenizer.name} gives other ids than the tokenizer of "

@@ -10,6 +10,7 @@ from gpt2_jax.model.gpt2 import GPT2, Params, init_params
 from gpt2_jax.run.checkpoint import Checkpoints, abstract_on_one_device
 from gpt2_jax.run.run_folder import read_config
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
+from gpt2_jax.user_paths import expand_user
 
 
 def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig, Params, Tokenizer]:
@@ -26,7 +27,7 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
     Raises:
       DataError: the folder is not a run, or a file in it is damaged or missing.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = expand_user(folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if not (folder / "checkpoints").is_dir():

@@ -128,6 +128,6 @@ def _check_finite(step: int, values: dict[str, float]) -> None:
     if not finite and not handled:
         raise DivergedError(
             f"step {step}: loss {values['loss_sum'] / max(values['weight_sum'], 1e-8):.4g}, gradient norm "
-            f"{values['grad_norm']:.4g}: not finite; the saved steps before it are intact; lower "
+            f"{values['grad_norm']:.4g}: not finite; the saved steps before it are intact; in another --workdir, lower "
             "optimizer.learning_rate or lengthen optimizer.warmup_steps"
         )

@@ -65,7 +65,17 @@ class WeightsAndBiases:
     def __init__(self, folder: pathlib.Path, project: str, config: RunConfig) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, name=folder.name, dir=str(folder), config=values_by_key(config))
+        id_file = folder / "wandb_id.txt"  # a resumed run goes on in the same run there
+        if not id_file.exists():
+            write_text_atomically(id_file, wandb.util.generate_id())
+        self._run = wandb.init(
+            project=project,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            name=folder.resolve().name,
+            dir=str(folder),
+            config=values_by_key(config),
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs the values under their step."""

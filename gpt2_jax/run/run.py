@@ -32,6 +32,7 @@ from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.training.loss import choose_chunk
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.training.steps import StepSettings
+from gpt2_jax.user_paths import expand_user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         raise UsageError(f"--profile={first}:{last}: the run has only train.steps={config.train.steps} steps")
     _check_mirrors(options)
     folder = make_folder(options.workdir)
-    with folder_lock(folder.absolute(), wait=False):
+    with folder_lock(folder.resolve() / "run", wait=False):
         _run(config, options, folder)
 
 
@@ -76,7 +77,9 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
     check_divisible(config, mesh)
     if holds_run(folder):
         stored = read_config(folder)
-        check_unchanged(stored, with_vocabulary(config, stored.model.vocab_size), folder)
+        if not config.model.vocab_size:
+            config = with_vocabulary(config, stored.model.vocab_size)
+        check_unchanged(stored, config, folder)
     store = open_data(config, folder)
     tokenizer = store.tokenizer
     config = with_vocabulary(config, tokenizer.vocab_size)
@@ -101,6 +104,8 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
             stack.callback(writer.close)
         progress = Progress(start, steps)
         stack.callback(progress.close)
+        if options.profile is not None and options.profile[1] <= start:
+            progress.say(f"--profile: its steps were done before; the run goes on after step {start}")
         progress.say(_summary(config, store, train_batches, mesh, folder, start))
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
@@ -199,7 +204,7 @@ def _farewell(
     load = f"import gpt2_jax; config, params, tokenizer = gpt2_jax.load({json.dumps(str(folder))}); print(config.model)"
     finetune = [
         *options.config_flags,
-        f"--workdir={folder}-finetuned",
+        f"--workdir={folder.parent / folder.resolve().name}-finetuned",
         f"--config.init_from={folder}",
         f"--config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}",
     ]
@@ -227,7 +232,7 @@ def _profiled(
     tracing = False
     try:
         for index, batch in batches:
-            if steps is not None and index + 1 == steps[0]:
+            if steps is not None and not tracing and steps[0] <= index + 1 <= steps[1]:
                 jax.profiler.start_trace(str(folder))
                 tracing = True
             yield index, batch
@@ -242,7 +247,7 @@ def _profiled(
 
 def _set_compile_cache(folder: str) -> None:
     # None, because JAX would take the folder from the environment otherwise.
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()) if folder else None)
+    jax.config.update("jax_compilation_cache_dir", str(expand_user(folder)) if folder else None)
     if folder:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

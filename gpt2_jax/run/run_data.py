@@ -5,7 +5,6 @@ import pathlib
 
 import jax
 
-from gpt2_jax.cache_folder import cache_folder
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import EvaluationBatches, TrainBatches
 from gpt2_jax.data.prepare import ensure_prepared
@@ -13,7 +12,9 @@ from gpt2_jax.data.token_store import TokenStore, open_token_store
 from gpt2_jax.data.windows import PackedWindows, PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.run.run_folder import holds_run, read_config, read_data
+from gpt2_jax.user_paths import cache_folder, expand_user
 
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 _TOKENIZER_KEYS = ("name", "normalization", "lowercase")
 
 
@@ -109,18 +110,23 @@ def _tokenizer_path(config: RunConfig) -> str:
     """Where the tokenizer's files are: a learned one is that of `init_from`, so that its ids mean the same."""
     if not config.init_from:
         return config.tokenizer.path
-    source = pathlib.Path(config.init_from).expanduser()
+    source = expand_user(config.init_from)
     if not (source / "config.json").is_file():
         raise UsageError(f"init_from={config.init_from}: no run there (no config.json); name a run folder")
-    there = read_config(source).tokenizer
-    for key in _TOKENIZER_KEYS:
-        wanted, found = getattr(config.tokenizer, key), getattr(there, key)
-        if wanted != found:
-            raise UsageError(
-                f"tokenizer.{key}={wanted}, but init_from={config.init_from} has {found}; set it to {found}"
-            )
+    check_same_model(config, read_config(source))
     learned = config.tokenizer.name not in ("gpt2", "bytes")
     return str(source / "tokenizer") if learned and not config.tokenizer.path else config.tokenizer.path
+
+
+def check_same_model(config: RunConfig, source: RunConfig) -> None:
+    """Raises UsageError when the parameters of `init_from` do not fit the config's model or tokenizer."""
+    for section, keys in (("model", _SHAPE_KEYS), ("tokenizer", _TOKENIZER_KEYS)):
+        for key in keys:
+            wanted, found = getattr(getattr(config, section), key), getattr(getattr(source, section), key)
+            if wanted != found and not (key == "vocab_size" and wanted == 0):  # 0: not filled in yet
+                raise UsageError(
+                    f"{section}.{key}={wanted}, but init_from={config.init_from} has {found}; set it to {found}"
+                )
 
 
 def _own_rows(batch_size: int) -> slice:

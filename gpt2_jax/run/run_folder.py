@@ -16,6 +16,7 @@ from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import from_json, to_json, values_by_key
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.user_paths import expand_user
 
 _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
@@ -24,7 +25,6 @@ _CHANGEABLE = (
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every"),
     *("train.loss_chunk", "model.remat", "model.scan_unroll"),  # memory and speed; equal up to rounding
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py
-    "init_from",  # made its mark at the first step
 )
 _CHANGEABLE_SECTIONS = ("checkpoint.", "mesh.")
 
@@ -32,13 +32,11 @@ _CHANGEABLE_SECTIONS = ("checkpoint.", "mesh.")
 def make_folder(path: str) -> pathlib.Path:
     """The folder, made if need be and proved writable. Raises UsageError before anything else has been done."""
     try:
-        folder = pathlib.Path(path).expanduser()
+        folder = expand_user(path)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except RuntimeError as error:  # a home folder that is not there
-        raise UsageError(f"--workdir={path}: {error}; choose a folder that can be made and written to") from None
     except OSError as error:
         raise UsageError(
             f"--workdir={path}: {error.strerror} ({error.filename}); choose a folder that can be made and written to"
@@ -91,7 +89,7 @@ def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) 
         listed = ", ".join(f"{key} {before[key]!r} -> {after[key]!r}" for key in changed)
         raise UsageError(
             f"--workdir={folder} holds a run with other settings: {listed}; "
-            "use the stored settings to resume, or another --workdir for a new run"
+            "use the stored settings to resume, or another --workdir for a new run or a fine-tuned one"
         )
 
 

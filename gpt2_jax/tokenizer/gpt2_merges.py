@@ -8,6 +8,7 @@ import tempfile
 
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.tokenizer.byte_pair_encoding import merge_lines
+from gpt2_jax.user_paths import expand_user
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 _FILE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -32,7 +33,7 @@ def gpt2_merges(folder: str = "") -> tuple[str, ...]:
 
 
 def _file_in_folder(folder: str) -> pathlib.Path:
-    root = pathlib.Path(folder).expanduser()
+    root = expand_user(folder)
     for name in ("vocab.bpe", "merges.txt"):
         if (root / name).is_file():
             return root / name

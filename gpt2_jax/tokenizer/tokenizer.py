@@ -17,6 +17,7 @@ from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.tokenizer.byte_pair_encoding import learn_merges, merge_lines, merges_to_text
 from gpt2_jax.tokenizer.gpt2_merges import gpt2_merges
 from gpt2_jax.tokenizer.token_codecs import ByteCodec, BytePairCodec, CharacterCodec, Codec
+from gpt2_jax.user_paths import expand_user
 
 _FILE = "gpt2_jax_tokenizer.json"
 _MERGES_FILE = "merges.txt"
@@ -183,9 +184,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _saved_tokenizer(path: str, name: str, normalization: str, lowercase: bool) -> Tokenizer:
-    if not pathlib.Path(path).expanduser().joinpath(_FILE).is_file():
+    if not expand_user(path).joinpath(_FILE).is_file():
         raise UsageError(f"tokenizer.path={path!r}: no saved tokenizer ({_FILE}) there; name a run's tokenizer folder")
-    tokenizer = load_tokenizer(pathlib.Path(path).expanduser())
+    tokenizer = load_tokenizer(expand_user(path))
     wanted = {"name": name, "normalization": normalization, "lowercase": lowercase}
     for key, value in wanted.items():
         found = getattr(tokenizer, key)

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gpt2_jax.model.gpt2 import GPT2, Params, boxed_init
+from gpt2_jax.model.gpt2 import GPT2, Params, boxed_init, init_params
 from gpt2_jax.sharding import tree_shardings
 from gpt2_jax.training.loss_scale import LossScale, initial_loss_scale
 
@@ -39,20 +38,34 @@ class TrainState(flax.struct.PyTreeNode):
 
 def init_state(model: GPT2, optimizer: optax.GradientTransformation, seed: int, *, ema: bool = False) -> TrainState:
     """The state before the first step. The numbers depend on `seed` and the model, not on any mesh."""
-    return nn.unbox(_boxed_state(model, optimizer, seed, ema))
+    return _state(model, optimizer, init_params(model, jax.random.key(seed)), ema)
 
 
 def sharded_init(
     model: GPT2, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh, *, ema: bool = False
 ) -> TrainState:
-    """`init_state` laid out over a mesh: each device makes its own part only."""
+    """`init_state` laid out over a mesh.
+
+    The parameters are drawn whole, by one program on one device: drawn in parts they would differ in their last bits.
+    """
+    with jax.default_device(mesh.local_devices[0]):
+        params = jax.jit(lambda: init_params(model, jax.random.key(seed)))()
+    return sharded_state(model, optimizer, params, mesh, ema=ema)
+
+
+def sharded_state(
+    model: GPT2, optimizer: optax.GradientTransformation, params: Params, mesh: Mesh, *, ema: bool = False
+) -> TrainState:
+    """The state before the first step from given parameters, laid out over a mesh."""
     shardings = state_shardings(model, optimizer, mesh, ema=ema)
-    return jax.jit(lambda: init_state(model, optimizer, seed, ema=ema), out_shardings=shardings)()
+    placed = jax.device_put(params, shardings.params)
+    return jax.jit(lambda params: _state(model, optimizer, params, ema), out_shardings=shardings)(placed)
 
 
 def state_shardings(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> Any:
     """A tree like the state with the sharding of each leaf: optimizer state and average lie as the parameters do."""
-    return tree_shardings(jax.eval_shape(lambda: _boxed_state(model, optimizer, 0, ema)), mesh)
+    boxed = jax.eval_shape(lambda: _state(model, optimizer, boxed_init(model, jax.random.key(0)), ema))
+    return tree_shardings(boxed, mesh)
 
 
 def abstract_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> Any:
@@ -65,12 +78,12 @@ def abstract_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: M
     )
 
 
-def _boxed_state(model: GPT2, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
-    params = boxed_init(model, jax.random.key(seed))
+def _state(model: GPT2, optimizer: optax.GradientTransformation, params: Params, ema: bool) -> TrainState:
     return TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
+        # A copy: the step donates the whole state, and a buffer can be donated only once.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         loss_scale=initial_loss_scale() if model.config.dtype == "float16" else None,
     )

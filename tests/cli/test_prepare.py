@@ -10,6 +10,8 @@ import pytest
 
 from gpt2_jax import errors
 from gpt2_jax.cli.main import main
+from gpt2_jax.config import TokenizerConfig
+from gpt2_jax.config_file import load_config
 from gpt2_jax.data.token_store import open_token_store
 
 RUN = "import sys; from gpt2_jax.cli.main import main; sys.exit(main())"
@@ -178,3 +180,15 @@ def test_closed_pipe_is_quiet(corpus: str, tmp_path: pathlib.Path) -> None:
     error = process.stderr.read()
     process.stderr.close()
     assert (process.wait(timeout=60), error) == (141, b"")
+
+
+def test_the_proposed_flags_are_those_of_the_store(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "corpus.txt").write_text("SOME Text " * 50)
+    settings = ["--tokenizer", "bpe:5", "--lowercase", "--normalization", "nfc"]
+    command = ["prepare", "--source", f"text:{tmp_path / 'corpus.txt'}", *settings, "--out", str(tmp_path / "tokens")]
+    assert main(command) == 0
+    flags = shlex.split(capsys.readouterr().out.split("train on it with ")[1])
+    overrides = dict(flag.removeprefix("--config.").split("=", 1) for flag in flags)
+    config = load_config("", overrides)
+    assert config.tokenizer == TokenizerConfig("bpe:5", "", "nfc", True)
+    assert config.data.source == f"tokens:{tmp_path / 'tokens'}"

@@ -189,7 +189,7 @@ def test_a_truncated_array_file_is_named(tmp_path: pathlib.Path, item: str) -> N
     for file in files:
         halve(file)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    with pytest.raises(DataError, match="cannot be restored: .*remove that folder") as raised:
+    with pytest.raises(DataError, match="cannot be restored: .*move that folder") as raised:
         checkpoints.restore(3, abstract((1, 1, 1)))
     checkpoints.close()
     assert str(tmp_path / "3") in str(raised.value)

@@ -54,7 +54,7 @@ WITH = {  # what else a value needs
 }
 FREE = {
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "train.loss_chunk"),
-    *("model.remat", "model.scan_unroll", "init_from"),
+    *("model.remat", "model.scan_unroll"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
