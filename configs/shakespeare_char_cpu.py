@@ -4,7 +4,7 @@
     python train.py --config=configs/shakespeare_char_cpu.py --config.data.source=text:input.txt
 
 768 tokens per step, 1.5 million in all (1.5 epochs). Measured on two cores: held-out loss 1.77 on the whole tail of
-111,540 characters, in about 2 minutes (docs/numbers.md); nanoGPT publishes 1.88 on 20 random batches of it.
+111,540 characters, in 1.5 minutes (docs/numbers.md); nanoGPT publishes 1.88 on 20 random batches of it.
 """
 
 from gpt2_jax.config import (
