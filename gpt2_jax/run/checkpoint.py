@@ -38,7 +38,7 @@ class Checkpoints:
             best_fn=_held_out_loss,  # without it Orbax forgets the metrics when the process ends
             best_mode="min",
             cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._folder = folder
