@@ -2,12 +2,12 @@
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gpt2_jax.errors import Gpt2JaxError, UsageError
+from gpt2_jax.cli.guard import guarded
+from gpt2_jax.errors import UsageError
 
 # Name: (module, what it does). A module is imported only when its command is run; it has
 # add_arguments(parser) and run(arguments) -> exit code.
@@ -25,22 +25,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gpt2-jax` with `argv`, or the process's own arguments, and return the exit code."""
-    try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()  # so that a closed pipe shows here
-        return code
-    except Gpt2JaxError as error:
-        print(f"gpt2-jax: error: {_one_line(error)}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader (head, say) has what it wanted; the interpreter flushes stdout once more as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        print(f"gpt2-jax: error: {_one_line(error)}", file=sys.stderr)
-        return Gpt2JaxError.exit_code
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded("gpt2-jax", lambda: _dispatch(arguments))
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -61,7 +47,3 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.parse_args(arguments)
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

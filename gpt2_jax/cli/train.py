@@ -11,53 +11,44 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gpt2_jax.cli.guard import guarded
 from gpt2_jax.config_file import describe, load_config
-from gpt2_jax.errors import Gpt2JaxError, UsageError
+from gpt2_jax.errors import UsageError
 from gpt2_jax.user_paths import cache_folder
-
-INTERRUPTED = 130
-BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns the exit code: 0 done, 2 config, 3 data or checkpoint, 4 diverged, 130 interrupted."""
-    try:
-        flags, overrides = _parse(sys.argv[1:] if argv is None else list(argv))
-        if not flags.config and not flags.print_config:
-            raise UsageError("--config=FILE is needed, such as --config=configs/quickstart.py; see --help")
-        config = load_config(flags.config, overrides)
-        if flags.print_config:
-            print(describe(config), flush=True)
-            return 0
-        _quiet_logs()
-        # Only now, when the flags are known to be right: it takes seconds.
-        from gpt2_jax.run.run import RunOptions, run
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(
+        "train.py", lambda: _train(arguments), "interrupted; the same command resumes from the last saved step"
+    )
 
-        options = RunOptions(
-            workdir=flags.workdir or str(pathlib.Path("runs") / pathlib.Path(flags.config).stem),
-            config_flags=(
-                f"--config={flags.config}",
-                *(f"--config.{key}={value}" for key, value in overrides.items()),
-            ),
-            tensorboard=flags.tensorboard,
-            wandb=flags.wandb,
-            profile=_profile_steps(flags.profile),
-            compile_cache="" if flags.compile_cache == "off" else flags.compile_cache,
-        )
-        run(config, options)
-    except Gpt2JaxError as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-    except BrokenPipeError:
-        # The reader of --print_config (head, say) has what it wanted; the interpreter flushes once more as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except OSError as error:  # a full disk, say
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return Gpt2JaxError.exit_code
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the same command resumes from the last saved step", file=sys.stderr)
-        return INTERRUPTED
+
+def _train(argv: list[str]) -> int:
+    flags, overrides = _parse(argv)
+    if not flags.config and not flags.print_config:
+        raise UsageError("--config=FILE is needed, such as --config=configs/quickstart.py; see --help")
+    config = load_config(flags.config, overrides)
+    if flags.print_config:
+        print(describe(config))
+        return 0
+    _quiet_logs()
+    # Only now, when the flags are known to be right: it takes seconds.
+    from gpt2_jax.run.run import RunOptions, run
+
+    options = RunOptions(
+        workdir=flags.workdir or str(pathlib.Path("runs") / pathlib.Path(flags.config).stem),
+        config_flags=(
+            f"--config={flags.config}",
+            *(f"--config.{key}={value}" for key, value in overrides.items()),
+        ),
+        tensorboard=flags.tensorboard,
+        wandb=flags.wandb,
+        profile=_profile_steps(flags.profile),
+        compile_cache="" if flags.compile_cache == "off" else flags.compile_cache,
+    )
+    run(config, options)
     return 0
 
 
