@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import uuid
 from typing import Any, Protocol
 
 from gpt2_jax.atomic_file import write_text_atomically
@@ -67,7 +68,7 @@ class WeightsAndBiases:
 
         id_file = folder / "wandb_id.txt"  # a resumed run goes on in the same run there
         if not id_file.exists():
-            write_text_atomically(id_file, wandb.util.generate_id())
+            write_text_atomically(id_file, uuid.uuid4().hex)
         self._run = wandb.init(
             project=project,
             id=id_file.read_text(encoding="utf-8"),

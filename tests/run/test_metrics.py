@@ -81,7 +81,10 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: pathlib.Path) -> None:
 def test_weights_and_biases_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: pip install 'gpt2-jax[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    writer = WeightsAndBiases(tmp_path, "a-project", RunConfig())
-    writer.write(10, {"loss": 2.5})
-    writer.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    for step in (10, 20):  # started, then resumed
+        writer = WeightsAndBiases(tmp_path, "a-project", RunConfig())
+        writer.write(step, {"loss": 2.5})
+        writer.close()
+    files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert files
+    assert {file.stem for file in files} == {f"run-{(tmp_path / 'wandb_id.txt').read_text()}"}
