@@ -22,7 +22,9 @@ from tiny_run import Finished, Workshop, assert_identical, contents, finish, fin
 import gpt2_jax
 from gpt2_jax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig
 from gpt2_jax.data.token_store import open_token_store
-from gpt2_jax.decoding.sample import continue_rows
+from gpt2_jax.decoding.batch import Batch, Limits
+from gpt2_jax.decoding.layout import make_decoder
+from gpt2_jax.decoding.sampling import Sampling
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.loop import Action, train
@@ -416,15 +418,9 @@ def test_a_sequence_is_learned_saved_reloaded_and_written_out(tmp_path: pathlib.
     assert losses[0] == pytest.approx(math.log(50), abs=0.3)
     assert losses[-1] < 0.01
 
-    written_T = continue_rows(
-        state.eval_params,
-        np.where(np.arange(16) < 1, text_T[:16], 0)[None].astype(np.int32),
-        1,
-        jax.random.key(0),
-        np.float32(0),
-        model=settings.model,
-    )
-    np.testing.assert_array_equal(written_T[0], text_T[:16])
+    decoder = make_decoder(settings.model.config, state.eval_params, 50, mesh=mesh)
+    written = Batch(decoder, [text_T[:1].tolist()], sampling=Sampling(temperature=0), limits=Limits(16))
+    assert [token.id for token in written] == text_T[1:].tolist()
 
     like = abstract_state(settings.model, settings.optimizer, mesh, ema=False)
     restored, _ = checkpoints.restore(30, like)

@@ -1,6 +1,6 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T length (queries), S length (keys), D width, H heads, K = D/H head dimension.
+Shapes: B batch, T queries, S keys (T of them, more with a cache), D width, H heads, K = D/H head dimension.
 """
 
 import math
@@ -10,29 +10,34 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.kv_cache import LayerCache
 from gpt2_jax.model.layers import Projection
 from gpt2_jax.sharding import constrain
 
 
-def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array) -> jax.Array:
-    """Softmax over the keys at or before each query: `[B, H, T, S]`, in float32 or wider, T = S."""
+def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """Softmax over the keys that each query may see: `[B, H, T, S]`, in float32 or wider; B of the mask may be 1."""
     exact = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=exact)
     scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
-    length = q_BTHK.shape[1]
-    causal_TS = jnp.tril(jnp.ones((length, length), bool))
     # Masked in float32 by replacement: adding a large negative number would round in bfloat16.
-    scores_BHTS = jnp.where(causal_TS[None, None], scores_BHTS, jnp.finfo(exact).min)
+    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(exact).min)
     return jax.nn.softmax(scores_BHTS, axis=-1)
 
 
 class CausalSelfAttention(nn.Module):
-    """Fused projection to queries, keys and values; attention; output projection."""
+    """Fused projection to queries, keys and values; attention; output projection.
+
+    Without a cache each token attends to itself and those before it; with one, to what the cache says, and the second
+    result is the cache with the new tokens in it.
+    """
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, deterministic: bool, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         B, T, D = x_BTD.shape
         H, K = config.n_head, config.n_embd // config.n_head
@@ -42,8 +47,14 @@ class CausalSelfAttention(nn.Module):
             constrain(qkv_BT3D[:, :, third].reshape(B, T, H, K), "batch", "length", "heads", "head_dim")
             for third in range(3)
         )
-        weights_BHTS = attention_weights(q_BTHK, k_BTHK)
+        if cache is None:
+            k_BSHK, v_BSHK, visible_BTS = k_BTHK, v_BTHK, jnp.tril(jnp.ones((1, T, T), bool))
+        else:
+            cache = cache.append(k_BTHK, v_BTHK)
+            k_BSHK, v_BSHK, visible_BTS = cache.k_BHSK.swapaxes(1, 2), cache.v_BHSK.swapaxes(1, 2), cache.visible_BTS
+        weights_BHTS = attention_weights(q_BTHK, k_BSHK, visible_BTS)
         weights_BHTS = nn.Dropout(config.attn_pdrop)(weights_BHTS, deterministic=deterministic)
-        out_BTHK = jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(dtype), v_BTHK)
+        out_BTHK = jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(dtype), v_BSHK)
         residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
-        return Projection((D,), ("heads", "embed"), residual_std, dtype, name="c_proj")(out_BTHK.reshape(B, T, D))
+        y_BTD = Projection((D,), ("heads", "embed"), residual_std, dtype, name="c_proj")(out_BTHK.reshape(B, T, D))
+        return y_BTD, cache

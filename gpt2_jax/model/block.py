@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.attention import CausalSelfAttention
+from gpt2_jax.model.kv_cache import LayerCache
 from gpt2_jax.model.layers import LayerNorm, Projection
 from gpt2_jax.sharding import constrain
 
@@ -31,20 +32,22 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of GPT-2, in the form that `nn.scan` wants: carry in, (carry, nothing) out."""
+    """One layer of GPT-2, in the form that `nn.scan` wants: carry in, (carry, cache) out; in training there is none."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x_BTD: jax.Array, deterministic: bool, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         dropout = nn.Dropout(config.resid_pdrop)
 
         y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, name="ln_1")(x_BTD)
-        y_BTD = CausalSelfAttention(config, name="attn")(y_BTD, deterministic)
+        y_BTD, cache = CausalSelfAttention(config, name="attn")(y_BTD, deterministic, cache)
         x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
 
         y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, name="ln_2")(x_BTD)
         y_BTD = Mlp(config, name="mlp")(y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
-        return constrain(x_BTD, "batch", "length", None), None
+        return constrain(x_BTD, "batch", "length", None), cache

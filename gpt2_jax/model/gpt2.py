@@ -96,14 +96,21 @@ class GPT2(nn.Module):
         self.ln_f = LayerNorm(config.layer_norm_epsilon, jnp.dtype(config.dtype))
         self.dropout = nn.Dropout(config.embd_pdrop)
 
-    def hidden_states(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key."""
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The residual stream before the first layer, `[B, T, D]`; B of the positions may be 1."""
         dtype = jnp.dtype(self.config.dtype)
         # Gathered along whole rows: XLA handles a table that is split along its width badly.
         wte_VD = constrain(self.wte.embedding, "vocab", None)
-        tokens_BTD = wte_VD.astype(dtype)[tokens_BT]
-        positions_TD = self.wpe.embedding[: tokens_BT.shape[1]].astype(dtype)
-        x_BTD = self.dropout(tokens_BTD + positions_TD[None], deterministic=deterministic)
+        return wte_VD.astype(dtype)[tokens_BT] + self.wpe.embedding.astype(dtype)[positions_BT]
+
+    def normalize(self, x_BTD: jax.Array) -> jax.Array:
+        """The final hidden states of the residual stream after the last layer."""
+        return self.ln_f(x_BTD)
+
+    def hidden_states(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key."""
+        x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+        x_BTD = self.dropout(x_BTD, deterministic=deterministic)
         x_BTD, _ = self.h(constrain(x_BTD, "batch", "length", None), deterministic)
         return self.ln_f(x_BTD)
 

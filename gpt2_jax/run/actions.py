@@ -6,14 +6,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import EvaluationBatches
-from gpt2_jax.decoding.sample import continue_rows
+from gpt2_jax.decoding.generate import Generator, Stopping
+from gpt2_jax.decoding.sampling import Sampling
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.evaluation.held_out import held_out_loss
 from gpt2_jax.model.gpt2 import GPT2, Params
@@ -27,7 +26,7 @@ from gpt2_jax.training.steps import StepSettings
 from gpt2_jax.training.train_state import TrainState
 
 SAMPLE_TOKENS = 256
-SAMPLE_TEMPERATURE = 0.8
+_SAMPLING = Sampling(temperature=0.8)
 
 
 class Report:
@@ -136,26 +135,18 @@ class Sample:
         folder: pathlib.Path,
         progress: Progress,
     ) -> None:
-        self._model, self._tokenizer, self._start = model, tokenizer, start
-        self._key = jax.random.key(config.seed)
-        self._length = min(config.context_length, 1 + SAMPLE_TOKENS)
-        self._rows = mesh.shape["data"] * mesh.shape["fsdp"]  # so that they spread evenly over the devices
+        self._model, self._mesh, self._tokenizer, self._start = model, mesh, tokenizer, start
+        self._seed = config.seed
+        # Positions that training does not reach know nothing.
+        self._stopping = Stopping(max_new_tokens=max(1, min(config.context_length - 1, SAMPLE_TOKENS)))
         self._folder, self._progress = folder / "samples", progress
 
     def __call__(self, step: int, state: TrainState) -> None:
         """See `loop.Action`."""
-        tokens_BT = np.full((self._rows, self._length), self._start, np.int32)
-        temperature = np.float32(SAMPLE_TEMPERATURE)
-        key = jax.random.fold_in(self._key, step)
-        drawn_BT = continue_rows(state.eval_params, tokens_BT, 1, key, temperature, model=self._model)
-        text = self._text(np.asarray(drawn_BT)[0, 1:].tolist())
+        generator = Generator(self._model.config, state.eval_params, self._tokenizer, mesh=self._mesh)
+        (sample,) = generator.generate(
+            [[self._start]], sampling=_SAMPLING, stopping=self._stopping, seed=(self._seed + step) % 2**31
+        )
         self._folder.mkdir(exist_ok=True)
-        write_text_atomically(self._folder / f"step_{step:07d}.txt", text)
-        self._progress.say(f"--- sample after step {step}\n{text}\n---")
-
-    def _text(self, ids: list[int]) -> str:
-        end_of_text = self._tokenizer.end_of_text
-        if end_of_text in ids:
-            ids = ids[: ids.index(end_of_text)]
-        # A model's vocabulary may be larger than the tokenizer's; such ids have no text.
-        return self._tokenizer.decode([token for token in ids if token < self._tokenizer.vocab_size])
+        write_text_atomically(self._folder / f"step_{step:07d}.txt", sample.text)
+        self._progress.say(f"--- sample after step {step}\n{sample.text}\n---")

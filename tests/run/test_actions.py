@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pathlib
 
 import jax
@@ -24,9 +25,9 @@ CONFIG = RunConfig(
 MODEL = GPT2(CONFIG.model)
 
 
-@pytest.mark.parametrize("shards", [1, 4])
-def test_samples_come_from_the_averaged_parameters(tmp_path: pathlib.Path, shards: int) -> None:
-    mesh = make_mesh(MeshConfig(data=shards), jax.devices()[:shards])
+@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_samples_come_from_the_averaged_parameters(tmp_path: pathlib.Path, axes: dict[str, int]) -> None:
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
     optimizer = make_optimizer(OptimizerConfig(), 200)
     tokenizer = make_tokenizer("bytes")
 
