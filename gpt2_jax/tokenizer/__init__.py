@@ -1,5 +1,5 @@
 """Text to token ids and back."""
 
-from gpt2_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from gpt2_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_from_merges
 
-__all__ = ["Tokenizer", "load_tokenizer", "make_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer", "make_tokenizer", "tokenizer_from_merges"]

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.tokenizer.byte_pair_encoding import merge_lines
@@ -30,6 +31,11 @@ def gpt2_merges(folder: str = "") -> tuple[str, ...]:
     if (carried := _file_in_package()) is not None:
         return _read_merges(carried)
     return _downloaded_merges()
+
+
+def are_gpt2_merges(merges: Sequence[str]) -> bool:
+    """Whether these are GPT-2's merges, in their order."""
+    return _sha256_of_lines("".join(f"{merge}\n" for merge in merges).encode()) == _LINES_SHA256
 
 
 def _file_in_folder(folder: str) -> pathlib.Path:
@@ -82,13 +88,17 @@ def _read_merges(path: pathlib.Path) -> tuple[str, ...]:
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    found = hashlib.sha256(merge_lines(data)).hexdigest()
+    found = _sha256_of_lines(merge_lines(data))
     if found != _LINES_SHA256:
         raise DataError(
             f"{path}: not GPT-2's merges: sha256 of its merge lines is {found}, expected {_LINES_SHA256}; "
             "replace the file"
         )
     return _split(data)
+
+
+def _sha256_of_lines(lines: bytes) -> str:
+    return hashlib.sha256(lines).hexdigest()
 
 
 def _split(data: bytes) -> tuple[str, ...]:

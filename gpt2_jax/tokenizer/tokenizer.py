@@ -15,7 +15,7 @@ from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import TokenizerConfig
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.tokenizer.byte_pair_encoding import learn_merges, merge_lines, merges_to_text
-from gpt2_jax.tokenizer.gpt2_merges import gpt2_merges
+from gpt2_jax.tokenizer.gpt2_merges import are_gpt2_merges, gpt2_merges
 from gpt2_jax.tokenizer.token_codecs import ByteCodec, BytePairCodec, CharacterCodec, Codec
 from gpt2_jax.user_paths import expand_user
 
@@ -151,6 +151,15 @@ def make_tokenizer(
         else:
             codec = BytePairCodec(name, learn_merges(int(name.partition(":")[2]), normalized_texts))
     return Tokenizer(name, normalization, lowercase, codec)
+
+
+def tokenizer_from_merges(merges: Sequence[str]) -> Tokenizer:
+    """The byte-level BPE of these merges, lines "left right" in GPT-2's byte alphabet: "gpt2" if they are GPT-2's.
+
+    Raises DataError for a line that is no merge of two earlier tokens into a new one.
+    """
+    name = "gpt2" if are_gpt2_merges(merges) else f"bpe:{len(merges)}"
+    return Tokenizer(name, "none", False, BytePairCodec(name, tuple(merges)))
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
