@@ -16,6 +16,9 @@ _PUBLIC = {
     "StepSettings": "gpt2_jax.training.steps",
     "train_step": "gpt2_jax.training.steps",
     "eval_step": "gpt2_jax.training.steps",
+    "Generator": "gpt2_jax.decoding.generate",
+    "Sampling": "gpt2_jax.decoding.settings",
+    "Stopping": "gpt2_jax.decoding.settings",
     "make_tokenizer": "gpt2_jax.tokenizer",
     "load_tokenizer": "gpt2_jax.tokenizer",
 }

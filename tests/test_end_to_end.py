@@ -24,7 +24,7 @@ from gpt2_jax.config import CheckpointConfig, MeshConfig, ModelConfig, Optimizer
 from gpt2_jax.data.token_store import open_token_store
 from gpt2_jax.decoding.batch import Batch, Limits
 from gpt2_jax.decoding.layout import make_decoder
-from gpt2_jax.decoding.sampling import Sampling
+from gpt2_jax.decoding.settings import Sampling
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.loop import Action, train

@@ -13,6 +13,7 @@ from gpt2_jax.errors import UsageError
 # add_arguments(parser) and run(arguments) -> exit code.
 COMMANDS = {
     "prepare": ("gpt2_jax.cli.prepare", "tokenize a corpus into a folder of token shards"),
+    "generate": ("gpt2_jax.cli.generate", "write text with a trained model"),
 }
 
 

@@ -2,19 +2,16 @@
 
 import argparse
 import difflib
-import importlib.util
-import logging
-import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gpt2_jax.cli.compile_cache_flag import add_compile_cache_flag, compile_cache_folder
 from gpt2_jax.cli.guard import guarded
+from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import UsageError
-from gpt2_jax.user_paths import cache_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +30,7 @@ def _train(argv: list[str]) -> int:
     if flags.print_config:
         print(describe(config))
         return 0
-    _quiet_logs()
+    quiet_logs()
     # Only now, when the flags are known to be right: it takes seconds.
     from gpt2_jax.run.run import RunOptions, run
 
@@ -46,7 +43,7 @@ def _train(argv: list[str]) -> int:
         tensorboard=flags.tensorboard,
         wandb=flags.wandb,
         profile=_profile_steps(flags.profile),
-        compile_cache="" if flags.compile_cache == "off" else flags.compile_cache,
+        compile_cache=compile_cache_folder(flags),
     )
     run(config, options)
     return 0
@@ -65,12 +62,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="mirror the metrics to Weights & Biases")
     parser.add_argument("--profile", default="", metavar="FIRST:LAST", help="profiler trace of these steps")
-    parser.add_argument(
-        "--compile_cache",
-        default=os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache_folder("xla")),
-        metavar="DIR",
-        help="folder of compiled programs, or off (default: %(default)s)",
-    )
+    add_compile_cache_flag(parser)
     flags, rest = parser.parse_known_args(argv)
     return flags, _overrides(rest, sorted(parser._option_string_actions))
 
@@ -104,19 +96,3 @@ def _profile_steps(text: str) -> tuple[int, int] | None:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UsageError(f"--profile={text}: give the first and last step, as in --profile=10:12")
     return int(first), int(last)
-
-
-def _quiet_logs() -> None:
-    """Leaves the screen to the run's own lines."""
-    # What Orbax and Grain log as errors they also raise.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # XLA on CPU reports every program that comes from the compile cache as an error, since it takes its own tuning
-    # hints for processor features that are missing. Where only the CPU is there, its log is silenced.
-    if not any(importlib.util.find_spec(plugin) for plugin in ("jax_plugins", "libtpu")):
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # When one file of a checkpoint fails (a full disk, damage), Orbax leaves the work on the others to an event loop
-    # that it has closed, and each complains from a thread of its own. The failure itself is raised and told.
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda lost: report(lost) if str(lost.exc_value) != "Event loop is closed" else None

@@ -6,6 +6,7 @@ Shapes: B rows, P slots of the longest prompt, A alternatives per token.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -15,7 +16,8 @@ import numpy as np
 from gpt2_jax.decoding.buckets import bucket
 from gpt2_jax.decoding.decoder import DecodeState, Drawn, Ended, Plan, Request, advance, begin
 from gpt2_jax.decoding.layout import Decoder
-from gpt2_jax.decoding.sampling import History, Sampling, prompt_history
+from gpt2_jax.decoding.sampling import History, prompt_history
+from gpt2_jax.decoding.settings import Sampling
 from gpt2_jax.model.gpt2 import padded_vocab_size
 
 _SMALLEST_BUCKET = 16
@@ -78,7 +80,7 @@ class Batch:
           sampling: how tokens are drawn.
           limits: when rows end.
           samples: a row per prompt for each of these numbers.
-          seed: a row's key depends on it and on the number of the sample, and on nothing else.
+          seed: a row's key depends on it, the prompt and the number of the sample, and on nothing else.
           alternatives: most likely tokens told with each token.
           chunk: tokens per row and call of the compiled loop.
         """
@@ -92,9 +94,14 @@ class Batch:
         self._contexts = [list(prompt) for prompt in self._prompts for _ in samples]
         self._count_B = np.zeros(rows, np.int32)
         self._penalizes = sampling.penalizes
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(samples))
+        # Prompts have keys of their own, so that the draws for one say nothing of those for another.
+        hashes = [zlib.crc32(np.array(prompt, np.uint32).tobytes()) for prompt in self._prompts for _ in samples]
+        fold_in = jax.vmap(jax.random.fold_in)
+        keys = jnp.broadcast_to(jax.random.key(seed), (rows,))
+        keys = fold_in(keys, jnp.array(hashes, jnp.uint32))
+        keys = fold_in(keys, jnp.array([*samples] * len(self._prompts), jnp.uint32))
         self._request = Request(
-            key_B=jnp.tile(keys, len(self._prompts)),
+            key_B=keys,
             sampling=sampling.values(decoder.vocab_size, self._vocab_rows),
             stop_ids_N=jnp.array(sorted(set(limits.stop_ids)) or [-1], jnp.int32),
             # Rows that only fill the batch end with their first token.

@@ -52,7 +52,7 @@ class Request(flax.struct.PyTreeNode):
 
     Attributes:
       key_B: each row's own random key.
-      sampling: from `Sampling.values`.
+      sampling: from `settings.Sampling.values`.
       stop_ids_N: ids after which a row ends; -1 for none.
       max_tokens_B: tokens after which a row ends.
     """

@@ -15,43 +15,12 @@ from gpt2_jax.config import ModelConfig
 from gpt2_jax.decoding.batch import Batch, Limits, Token
 from gpt2_jax.decoding.decoder import Ended
 from gpt2_jax.decoding.layout import make_decoder
-from gpt2_jax.decoding.sampling import Sampling
 from gpt2_jax.decoding.score import Score, score
+from gpt2_jax.decoding.settings import Sampling, Stopping
 from gpt2_jax.decoding.text_stream import TextStream
 from gpt2_jax.errors import UsageError
 from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.tokenizer import Tokenizer
-
-BEYOND_CONTEXT = ("stop", "slide")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stopping:
-    """When a text ends, whichever comes first.
-
-    Attributes:
-      max_new_tokens: tokens per text, 1 or more.
-      end_of_text: at the tokenizer's end-of-text, if it has one.
-      ids: at one of these token ids.
-      strings: before one of these strings, also where it begins and ends within tokens.
-      beyond_context: what happens when prompt and text have filled the model's positions: "stop", or "slide": go on
-        from the last half of them, read anew.
-    """
-
-    max_new_tokens: int = 128
-    end_of_text: bool = True
-    ids: tuple[int, ...] = ()
-    strings: tuple[str, ...] = ()
-    beyond_context: str = "stop"
-
-    def __post_init__(self) -> None:
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens!r}; allowed: integers from 1")
-        if self.beyond_context not in BEYOND_CONTEXT:
-            raise UsageError(f"beyond_context={self.beyond_context!r}; allowed: {', '.join(BEYOND_CONTEXT)}")
-        if isinstance(self.strings, str) or not all(self.strings):
-            raise UsageError(f"stop strings {self.strings!r}; allowed: a sequence of strings that are not empty")
-
 
 _PLAIN = Sampling()
 _DEFAULT_STOPPING = Stopping()
@@ -155,7 +124,7 @@ class Generator:
                     "give at least one character"
                 )
             return [self.tokenizer.end_of_text]
-        self._check_ids(ids, "prompt")
+        self._check_ids(ids, "prompt id")
         if len(ids) > self.context_length:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the model reads at most {self.context_length}; shorten it"

@@ -6,90 +6,12 @@ top-p, min-p. Filters replace the logits of what they leave out by -inf; tokens 
 Shapes: B rows, V' padded vocabulary, A alternatives, T prompt length.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from gpt2_jax.errors import UsageError
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. Raises UsageError for values out of range.
-
-    Attributes:
-      temperature: the logits are divided by it; 0 takes the most likely token.
-      top_k: only the k most likely tokens; 0 for all.
-      top_p: only the most likely tokens that together reach this probability, in (0, 1]; 1 for all.
-      min_p: only tokens at least this fraction as likely as the most likely one, in [0, 1); 0 for all.
-      repetition_penalty: above 1, tokens of prompt and text become less likely; 1 for none.
-      presence_penalty: subtracted from the logits of tokens that the text has.
-      frequency_penalty: subtracted as often as the text has the token.
-      logit_bias: added to the logits of these ids; -inf bans one.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check("temperature", self.temperature, lambda x: x >= 0, "numbers from 0 (0 takes the most likely token)")
-        _check("top_k", self.top_k, lambda x: type(x) is int and x >= 0, "integers from 0 (0 for all tokens)")
-        _check("top_p", self.top_p, lambda x: 0 < x <= 1, "numbers above 0, up to 1 (1 for all tokens)")
-        _check("min_p", self.min_p, lambda x: 0 <= x < 1, "numbers from 0 to below 1 (0 for all tokens)")
-        _check("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "numbers above 0 (1 for none)")
-        _check("presence_penalty", self.presence_penalty, lambda x: True, "numbers (0 for none)")
-        _check("frequency_penalty", self.frequency_penalty, lambda x: True, "numbers (0 for none)")
-        for token, bias in self.logit_bias.items():
-            if type(token) is not int or not _is_number(bias) or math.isnan(bias) or bias == math.inf:
-                raise UsageError(f"logit_bias {token!r}={bias!r}; allowed: an id and a number, or -inf to ban the id")
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether `choose` needs a `History`."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
-    def values(self, vocab_size: int, padded: int) -> dict[str, jax.Array | np.ndarray]:
-        """What is switched on, as arrays: programs are compiled per set of names, not per value.
-
-        Args:
-          vocab_size: ids that may be drawn.
-          padded: V', the width of the logits.
-
-        Raises:
-          UsageError: an id of `logit_bias` is outside the vocabulary, or all ids are banned.
-        """
-        off = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0}
-        off |= {"frequency_penalty": 0, "temperature": 0}
-        values: dict[str, Any] = {
-            name: np.asarray(getattr(self, name), np.int32 if name == "top_k" else np.float32)
-            for name, neutral in off.items()
-            if getattr(self, name) != neutral
-        }
-        if self.logit_bias:
-            bias_V = np.zeros(padded, np.float32)
-            for token, bias in self.logit_bias.items():
-                if not 0 <= token < vocab_size:
-                    raise UsageError(
-                        f"logit_bias of id {token}, outside the vocabulary; allowed: 0 to {vocab_size - 1}"
-                    )
-                bias_V[token] = bias
-            if np.isneginf(bias_V[:vocab_size]).all():
-                raise UsageError("logit_bias bans all tokens; allowed: bans that leave at least one")
-            values["logit_bias"] = bias_V
-        return values
 
 
 class History(flax.struct.PyTreeNode):
@@ -137,7 +59,7 @@ def choose(
         logits_BV = _penalize(logits_BV, values, history)
     if "temperature" not in values:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / values["temperature"]
+    logits_BV = logits_BV / jnp.maximum(values["temperature"], 1e-6)  # below, float32 would overflow
     if "top_k" in values:
         logits_BV = keep_top_k(logits_BV, values["top_k"])
     if "top_p" in values:
@@ -204,12 +126,3 @@ def _greatest_threshold(p_BV: jax.Array, enough: Callable[[jax.Array], jax.Array
 def log_probs(logits_BV: jax.Array) -> jax.Array:
     """The model's own log-probabilities, in nats, of logits that nothing has changed."""
     return jax.nn.log_softmax(logits_BV, axis=-1)
-
-
-def _check(name: str, value: Any, allowed: Callable[[Any], bool], words: str) -> None:
-    if not _is_number(value) or not math.isfinite(value) or not allowed(value):
-        raise UsageError(f"{name}={value!r}; allowed: {words}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

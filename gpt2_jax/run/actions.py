@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.data.batches import EvaluationBatches
-from gpt2_jax.decoding.generate import Generator, Stopping
-from gpt2_jax.decoding.sampling import Sampling
+from gpt2_jax.decoding.generate import Generator
+from gpt2_jax.decoding.settings import Sampling, Stopping
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.evaluation.held_out import held_out_loss
 from gpt2_jax.model.gpt2 import GPT2, Params

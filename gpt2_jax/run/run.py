@@ -20,6 +20,7 @@ from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size, parameter_count
 from gpt2_jax.run.actions import Evaluate, Report, Sample, Save
 from gpt2_jax.run.checkpoint import Checkpoints
+from gpt2_jax.run.compile_cache import set_compile_cache
 from gpt2_jax.run.first_state import first_state
 from gpt2_jax.run.interrupt import interrupt_held_back
 from gpt2_jax.run.loop import Action, HostBatch, train
@@ -32,7 +33,6 @@ from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.training.loss import choose_chunk
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.training.steps import StepSettings
-from gpt2_jax.user_paths import expand_user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
 
 
 def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
-    _set_compile_cache(options.compile_cache)
+    set_compile_cache(options.compile_cache)
     mesh = make_mesh(config.mesh)
     check_divisible(config, mesh)
     if holds_run(folder):
@@ -243,11 +243,3 @@ def _profiled(
     finally:
         if tracing:
             jax.profiler.stop_trace()
-
-
-def _set_compile_cache(folder: str) -> None:
-    # None, because JAX would take the folder from the environment otherwise.
-    jax.config.update("jax_compilation_cache_dir", str(expand_user(folder)) if folder else None)
-    if folder:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

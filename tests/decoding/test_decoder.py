@@ -14,7 +14,7 @@ from gpt2_jax.config import MeshConfig, ModelConfig
 from gpt2_jax.decoding.batch import Batch, Limits, Token
 from gpt2_jax.decoding.decoder import Ended, Plan, Request, advance, begin, decode_step, prefill
 from gpt2_jax.decoding.layout import Decoder, make_decoder
-from gpt2_jax.decoding.sampling import Sampling
+from gpt2_jax.decoding.settings import Sampling
 from gpt2_jax.model.gpt2 import padded_vocab_size
 from gpt2_jax.sharding import make_mesh
 
