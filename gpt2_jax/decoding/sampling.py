@@ -59,7 +59,8 @@ def choose(
         logits_BV = _penalize(logits_BV, values, history)
     if "temperature" not in values:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / jnp.maximum(values["temperature"], 1e-6)  # below, float32 would overflow
+    # Less than the highest, so that the division by something small overflows where it does not matter.
+    logits_BV = (logits_BV - logits_BV.max(axis=-1, keepdims=True)) / jnp.maximum(values["temperature"], 1e-6)
     if "top_k" in values:
         logits_BV = keep_top_k(logits_BV, values["top_k"])
     if "top_p" in values:
