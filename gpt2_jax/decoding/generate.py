@@ -116,7 +116,7 @@ class Generator:
         Raises UsageError for an empty prompt where the tokenizer has no end-of-text, one that is longer than the
         context, and ids outside the vocabulary; DataError for text that the tokenizer cannot encode.
         """
-        ids = (self.tokenizer.encode(prompt) if isinstance(prompt, str) else np.asarray(prompt)).tolist()
+        ids = self._ids(prompt, "prompt")
         if not ids:
             if self.tokenizer.end_of_text is None:
                 raise UsageError(
@@ -124,11 +124,7 @@ class Generator:
                     "give at least one character"
                 )
             return [self.tokenizer.end_of_text]
-        self._check_ids(ids, "prompt id")
-        if len(ids) > self.context_length:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the model reads at most {self.context_length}; shorten it"
-            )
+        self._check_length("prompt", len(ids), self.context_length)
         return ids
 
     def generate(
@@ -192,21 +188,29 @@ class Generator:
     def score(self, text: str | Sequence[int]) -> Score:
         """Log-likelihoods of a text, each token given those before it.
 
-        The first token is given end-of-text; without one it is not scored. Raises like `prompt_ids`; end-of-text and
-        text together may not be longer than the context.
+        The first token is given end-of-text; without one it is not scored. Raises like `prompt_ids`, but for an empty
+        text.
         """
         start = self.tokenizer.end_of_text
-        ids = self.prompt_ids(text) if len(text) else []
-        read = ids if start is None else [start, *ids]
-        if len(read) - 1 > self.context_length:
+        ids = self._ids(text, "text")
+        # The last token is scored and not read.
+        self._check_length("text", len(ids), self.context_length + (start is None))
+        return score(self._decoder, ids if start is None else [start, *ids])
+
+    def _ids(self, text: str | Sequence[int], what: str) -> list[int]:
+        ids = (self.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)).tolist()
+        self._check_ids(ids, f"{what} id")
+        return ids
+
+    def _check_length(self, what: str, length: int) -> None:
+        if length > self.context_length:
             raise UsageError(
-                f"the text has {len(ids)} tokens, the model reads at most {self.context_length}; shorten it"
+                f"the {what} has {length} tokens, the model reads at most {self.context_length}; shorten it"
             )
-        return score(self._decoder, read)
 
     def _check_ids(self, ids: Iterable[int], what: str) -> None:
         for token in ids:
-            if not 0 <= token < self._decoder.vocab_size:
+            if not isinstance(token, int) or not 0 <= token < self._decoder.vocab_size:
                 raise UsageError(
                     f"{what} {token} is outside the vocabulary; allowed: 0 to {self._decoder.vocab_size - 1}"
                 )
