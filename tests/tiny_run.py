@@ -130,7 +130,7 @@ class Workshop:
     def run_here(self, workdir: pathlib.Path, settings: Mapping[str, Any] | None = None, *flags: str) -> Finished:
         """The same in this process, on its eight devices: quick where nothing is compiled."""
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _kept_settings():
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), kept_settings():
             code = main(self.arguments(workdir, settings, *flags, "--compile_cache=off"))
         return Finished(code, out.getvalue(), err.getvalue())
 
@@ -191,7 +191,7 @@ def assert_identical(actual: Any, expected: Any) -> None:
 
 
 @contextlib.contextmanager
-def _kept_settings() -> Iterator[None]:
+def kept_settings() -> Iterator[None]:
     """Takes back what the command sets for its whole process."""
     level, cache = os.environ.get("TF_CPP_MIN_LOG_LEVEL"), jax.config.jax_compilation_cache_dir
     hook, logs = sys.unraisablehook, logging.getLogger("absl").level

@@ -1,6 +1,7 @@
 """Prompts as they are typed: on the command line, in a file, on standard input."""
 
 import dataclasses
+import os
 import sys
 
 from gpt2_jax.errors import UsageError
@@ -47,9 +48,8 @@ def parse_ids(text: str) -> tuple[int, ...]:
 
 
 def utf8(flag: str, text: str) -> str:
-    """The text of a flag. Raises UsageError when its bytes were not UTF-8."""
+    """The text of a flag from its bytes, whatever the locale. Raises UsageError when they are not UTF-8."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{flag}: character {error.start} is not UTF-8; convert the text to UTF-8") from None
-    return text
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise UsageError(f"{flag}: not UTF-8 ({error}); convert the text to UTF-8") from None

@@ -202,11 +202,9 @@ class Generator:
         self._check_ids(ids, f"{what} id")
         return ids
 
-    def _check_length(self, what: str, length: int) -> None:
-        if length > self.context_length:
-            raise UsageError(
-                f"the {what} has {length} tokens, the model reads at most {self.context_length}; shorten it"
-            )
+    def _check_length(self, what: str, length: int, longest: int) -> None:
+        if length > longest:
+            raise UsageError(f"the {what} has {length} tokens; allowed: {longest}, by the model's context; shorten it")
 
     def _check_ids(self, ids: Iterable[int], what: str) -> None:
         for token in ids:
