@@ -16,6 +16,7 @@ from gpt2_jax.decoding.sampling import (
     keep_top_k,
     keep_top_p,
     prompt_history,
+    top_log_probs,
 )
 from gpt2_jax.decoding.settings import Sampling, Stopping
 from gpt2_jax.errors import UsageError
@@ -151,6 +152,35 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float) -> None:
         order = np.argsort(-probabilities)
         needed = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
         assert tokens == set(order[:needed])
+
+
+def test_thresholds_tell_apart_what_differs_by_a_millionth() -> None:
+    logits_V = np.float32(-1e-6) * np.arange(8, dtype=np.float32)
+    logits_BV = jnp.asarray(logits_V[None])
+    for k in range(1, 9):
+        assert kept(keep_top_k(logits_BV, jnp.int32(k))) == [set(range(k))]
+        assert kept(keep_top_p(logits_BV, jnp.float32((k - 0.5) / 8))) == [set(range(k))]
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-40, 1e-300])
+def test_a_top_p_that_float32_hardly_holds_keeps_the_most_likely(top_p: float) -> None:
+    logits_BV = random_logits(20).at[:, 0].set(-jnp.inf)
+    keys = jax.random.split(jax.random.key(0), 20)
+    drawn_B = choose(logits_BV, keys, Sampling(top_p=top_p).values(500, 500), None)
+    np.testing.assert_array_equal(drawn_B, np.asarray(logits_BV).argmax(1))
+
+
+@pytest.mark.parametrize(("width", "alternatives"), [(512, 0), (512, 1), (512, 3), (512, 7), (1280, 5), (500, 3)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_most_likely_tokens_in_order(width: int, alternatives: int, ties: bool) -> None:
+    logits = 3 * np.random.default_rng(2).standard_normal((6, width))
+    logits = np.float32(logits.round() if ties else logits)
+    logits[:, width - 40 :] = -np.inf
+    ids_BA, log_probs_BA = top_log_probs(jnp.asarray(logits), alternatives)
+    want_BA = np.argsort(-logits, axis=1, kind="stable")[:, :alternatives]
+    np.testing.assert_array_equal(ids_BA, want_BA)
+    total_B1 = np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(log_probs_BA, np.take_along_axis(logits, want_BA, 1) - total_B1, atol=1e-5)
 
 
 def test_tokens_that_tie_at_a_threshold_stay() -> None:

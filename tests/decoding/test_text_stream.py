@@ -97,6 +97,14 @@ def test_a_stop_string_over_tokens_and_within_one(data_dir: pathlib.Path) -> Non
         stream.push(ids[0])
 
 
+def test_nothing_comes_after_a_stop_string() -> None:
+    of = make_tokenizer("bpe:260", texts=lambda: ["STOP\u00e9"])
+    stream = TextStream(of, ["s"])
+    for byte in b"ts":
+        stream.push(byte)
+    assert (stream.finish(), stream.text, stream.stopped_by) == ("", "t", "s")
+
+
 def test_an_empty_stop_string() -> None:
     with pytest.raises(UsageError, match="empty"):
         TextStream(make_tokenizer("bytes"), ["a", ""])
