@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_jax.config import MeshConfig, RunConfig
+from gpt2_jax.config import MeshConfig, ModelConfig, RunConfig
 from gpt2_jax.errors import UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -55,26 +55,31 @@ def check_divisible(config: RunConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
 
     `vocab_rows` is the number of rows of the token table, padding included, once it is known.
     """
-    model, train, shape = config.model, config.train, mesh.shape
-    batch_shards = shape["data"] * shape["fsdp"]
-    microbatch = train.batch_size // train.microbatches
-    batch_axes = "mesh.data x mesh.fsdp"
-    for what, size, parts, axes in (
-        ("train.batch_size / train.microbatches", microbatch, batch_shards, batch_axes),
-        ("model.n_embd", model.n_embd, shape["fsdp"], "mesh.fsdp"),
-        ("model.n_head", model.n_head, shape["tensor"], "mesh.tensor"),
-        ("the padded vocabulary", vocab_rows, shape["tensor"], "mesh.tensor"),
+    size, parts = config.train.batch_size // config.train.microbatches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % parts:
+        below, above = size // parts * parts, -(-size // parts) * parts
+        nearest = f"{below} or {above}" if below else str(above)
+        raise UsageError(
+            f"train.batch_size / train.microbatches = {size} cannot be split over mesh.data x mesh.fsdp = {parts}; "
+            f"the nearest that can: {nearest}"
+        )
+    check_model_divisible(config.model, mesh, vocab_rows)
+
+
+def check_model_divisible(model: ModelConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
+    """The same for the model alone."""
+    for what, size, axis in (
+        ("model.n_embd", model.n_embd, "fsdp"),
+        ("model.n_head", model.n_head, "tensor"),
+        ("the padded vocabulary", vocab_rows, "tensor"),
     ):
-        if size % parts and axes == batch_axes:
-            below, above = size // parts * parts, -(-size // parts) * parts
-            nearest = f"{below} or {above}" if below else str(above)
-            raise UsageError(f"{what} = {size} cannot be split over {axes} = {parts}; the nearest that can: {nearest}")
+        parts = mesh.shape[axis]
         if size % parts:
             possible = [n for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0]
-            nearest = str(min(possible, key=lambda n: abs(n - parts)))
+            nearest = min(possible, key=lambda n: abs(n - parts))
             raise UsageError(
-                f"{what} = {size} cannot be split over {axes} = {parts}; of {mesh.size} devices, the nearest that can: "
-                f"{nearest}"
+                f"{what} = {size} cannot be split over mesh.{axis} = {parts}; of {mesh.size} devices, the nearest that "
+                f"can: {nearest}"
             )
 
 

@@ -16,7 +16,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.decoding.sampling import History, choose, count, log_probs
+from gpt2_jax.decoding.sampling import History, choose, count, log_probs, top_log_probs
 from gpt2_jax.model.gpt2 import GPT2, Params
 from gpt2_jax.model.kv_cache import KVCache, empty_cache, widen
 from gpt2_jax.model.unrolled import extend, next_token_logits
@@ -213,12 +213,11 @@ def _draw(
         [Ended.STOP_ID, Ended.LENGTH, Ended.CONTEXT],
         Ended.NOT_YET,
     ).astype(jnp.int32)
-    log_probs_BV = log_probs(logits_BV)
-    top_log_probs_BA, top_ids_BA = jax.lax.top_k(log_probs_BV, plan.alternatives)
+    top_ids_BA, top_log_probs_BA = top_log_probs(logits_BV, plan.alternatives)
     drawn = Drawn(
         token_B=token_B,
         live_B=live_B,
-        log_prob_B=jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0],
+        log_prob_B=jnp.take_along_axis(log_probs(logits_BV), token_B[:, None], axis=1)[:, 0],
         top_ids_BA=top_ids_BA,
         top_log_probs_BA=top_log_probs_BA,
         ended_B=ended_B,

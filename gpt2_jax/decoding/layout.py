@@ -11,7 +11,7 @@ from gpt2_jax.config import MeshConfig, ModelConfig
 from gpt2_jax.errors import UsageError
 from gpt2_jax.model.gpt2 import GPT2, Params, boxed_init, padded_vocab_size
 from gpt2_jax.model.unrolled import unstack
-from gpt2_jax.sharding import make_mesh, tree_shardings, use_mesh
+from gpt2_jax.sharding import check_model_divisible, make_mesh, tree_shardings, use_mesh
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -65,28 +65,13 @@ def make_decoder(
         config, dtype=dtype or ("float32" if device.platform == "cpu" else config.dtype), remat="none"
     )
     if mesh is not None:
-        _check_divisible(config, mesh)
+        check_model_divisible(config, mesh, padded_vocab_size(config.vocab_size))
         boxed = jax.eval_shape(lambda: boxed_init(GPT2(config), jax.random.key(0)))
         params = jax.device_put(params, tree_shardings(boxed, mesh))
     flat = mesh is None or mesh.shape["tensor"] == 1
     with _on(mesh):
         weights = jax.jit(unstack, static_argnames=("config", "flat"))(params, config=config, flat=flat)
     return Decoder(GPT2(config), weights, min(vocab_size, config.vocab_size), mesh)
-
-
-def _check_divisible(config: ModelConfig, mesh: Mesh) -> None:
-    rows = padded_vocab_size(config.vocab_size)
-    for what, size, axis in (
-        ("n_head", config.n_head, "tensor"),
-        ("the padded vocabulary", rows, "tensor"),
-        ("n_embd", config.n_embd, "fsdp"),
-    ):
-        if size % mesh.shape[axis]:
-            possible = [n for n in range(1, mesh.shape[axis]) if size % n == 0]
-            raise UsageError(
-                f"{what} = {size} cannot be split over {axis} = {mesh.shape[axis]} devices; allowed: "
-                f"{', '.join(map(str, possible))}"
-            )
 
 
 def decoding_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:

@@ -95,8 +95,12 @@ def keep_top_k(logits_BV: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def keep_top_p(logits_BV: jax.Array, p: jax.Array) -> jax.Array:
-    """The smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, nucleus sampling)."""
+    """The smallest set of most likely tokens whose probability reaches p (Holtzman et al. 2020, nucleus sampling).
+
+    Always one or more. The sum is rounded as float32: sets whose probability is within about 1e-6 of p may be either.
+    """
     p_BV = jax.nn.softmax(logits_BV, axis=-1)
+    p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)  # else the probability 0 of no tokens would reach it
     least_B = _greatest_threshold(p_BV, lambda kept_BV: jnp.where(kept_BV, p_BV, 0).sum(axis=-1) >= p)
     return jnp.where(p_BV >= least_B[:, None], logits_BV, -jnp.inf)
 
@@ -127,3 +131,9 @@ def _greatest_threshold(p_BV: jax.Array, enough: Callable[[jax.Array], jax.Array
 def log_probs(logits_BV: jax.Array) -> jax.Array:
     """The model's own log-probabilities, in nats, of logits that nothing has changed."""
     return jax.nn.log_softmax(logits_BV, axis=-1)
+
+
+def top_log_probs(logits_BV: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+    """Ids and `log_probs` of the most likely tokens, `[B, number]` each, in order; the lower id first where they tie."""
+    log_probs_BA, ids_BA = jax.lax.top_k(log_probs(logits_BV), number)
+    return ids_BA, log_probs_BA

@@ -39,7 +39,12 @@ class TextStream:
         return self._add(self._bytes.decode(self._tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
-        """Releases what was held back, where the text ends for another reason than a stop string."""
+        """Releases what was held back, where the text ends for another reason than a stop string.
+
+        After a stop string there is nothing to release.
+        """
+        if self.stopped_by is not None:
+            return ""
         text = self._add(self._bytes.decode(b"", final=True))
         if self.stopped_by is None:
             text += self._release(len(self._held))
