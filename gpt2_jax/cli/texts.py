@@ -57,12 +57,13 @@ def print_texts(generator: Generator, prompts: Sequence[Prompt], asked: dict[str
 
 def print_scores(generator: Generator, prompts: Sequence[Prompt], *, json_lines: bool) -> None:
     """Prints how likely the prompts are."""
-    for number, prompt in enumerate(prompts):
-        score = generator.score(_content(prompt))
+    texts = [generator.text_ids(_content(prompt)) for prompt in prompts]  # all are refused, or none
+    for number, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
+        score = generator.score(ids)
         if json_lines:
             line = {
-                "prompt": number,
-                "text": _shown(prompt, generator.tokenizer),
+                "prompt_number": number,
+                "prompt": _shown(prompt, generator.tokenizer),
                 "ids": score.ids,
                 "log_probs": score.log_probs,
                 "is_greedy": score.is_greedy,

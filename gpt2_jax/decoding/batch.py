@@ -170,7 +170,7 @@ class Batch:
         return self._begin(self._contexts, 1, state.history)
 
     def _tokens(self, drawn: Drawn) -> Iterator[Token]:
-        drawn = jax.tree.map(np.asarray, drawn)
+        drawn = jax.device_get(drawn)
         if drawn.token_B.ndim == 1:  # the token after the prompt
             drawn = jax.tree.map(lambda x: x[None], drawn)
         for step in range(len(drawn.token_B)):

@@ -185,16 +185,19 @@ class Generator:
         sampling.values(self._decoder.vocab_size, self._decoder.vocab_size)  # refuses what does not fit the vocabulary
         return self._stream(ids, sampling, stopping, num_samples, seed, alternatives)
 
-    def score(self, text: str | Sequence[int]) -> Score:
-        """Log-likelihoods of a text, each token given those before it.
-
-        The first token is given end-of-text; without one it is not scored. Raises like `prompt_ids`, but for an empty
-        text.
-        """
-        start = self.tokenizer.end_of_text
+    def text_ids(self, text: str | Sequence[int]) -> list[int]:
+        """The ids of a text, or ids, to be scored. Raises like `prompt_ids`, but for an empty text."""
         ids = self._ids(text, "text")
         # The last token is scored and not read.
-        self._check_length("text", len(ids), self.context_length + (start is None))
+        self._check_length("text", len(ids), self.context_length + (self.tokenizer.end_of_text is None))
+        return ids
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """Log-likelihoods of a text, each token given those before it; raises like `text_ids`.
+
+        The first token is given end-of-text; without one it is not scored.
+        """
+        start, ids = self.tokenizer.end_of_text, self.text_ids(text)
         return score(self._decoder, ids if start is None else [start, *ids])
 
     def _ids(self, text: str | Sequence[int], what: str) -> list[int]:

@@ -134,6 +134,6 @@ def log_probs(logits_BV: jax.Array) -> jax.Array:
 
 
 def top_log_probs(logits_BV: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-    """Ids and `log_probs` of the most likely tokens, `[B, number]` each, in order; the lower id first where they tie."""
+    """Ids and `log_probs` of the most likely tokens, `[B, number]` each, in order; of ties the lower id first."""
     log_probs_BA, ids_BA = jax.lax.top_k(log_probs(logits_BV), number)
     return ids_BA, log_probs_BA

@@ -147,6 +147,7 @@ def test_scores(model: pathlib.Path) -> None:
     (line,) = map(json.loads, here("--model", model, "--prompt=12 plus", "--score", "--json").out.splitlines())
     assert line["log_probs"] == pytest.approx(want.log_probs)
     assert line["log_likelihood"] == pytest.approx(want.total)
+    refused(here("--model", model, "--prompt=12", "--prompt=0123456789abcdefg", "--score"), "the text has 17 tokens")
 
 
 def test_a_mesh(model: pathlib.Path) -> None:

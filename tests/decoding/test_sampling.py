@@ -170,12 +170,12 @@ def test_a_top_p_that_float32_hardly_holds_keeps_the_most_likely(top_p: float) -
     np.testing.assert_array_equal(drawn_B, np.asarray(logits_BV).argmax(1))
 
 
-@pytest.mark.parametrize(("width", "alternatives"), [(512, 0), (512, 1), (512, 3), (512, 7), (1280, 5), (500, 3)])
+@pytest.mark.parametrize("alternatives", [0, 1, 5])
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_most_likely_tokens_in_order(width: int, alternatives: int, ties: bool) -> None:
-    logits = 3 * np.random.default_rng(2).standard_normal((6, width))
+def test_the_most_likely_tokens_in_order(alternatives: int, ties: bool) -> None:
+    logits = 3 * np.random.default_rng(2).standard_normal((6, 512))
     logits = np.float32(logits.round() if ties else logits)
-    logits[:, width - 40 :] = -np.inf
+    logits[:, 500:] = -np.inf
     ids_BA, log_probs_BA = top_log_probs(jnp.asarray(logits), alternatives)
     want_BA = np.argsort(-logits, axis=1, kind="stable")[:, :alternatives]
     np.testing.assert_array_equal(ids_BA, want_BA)
