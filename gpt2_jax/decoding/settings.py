@@ -39,7 +39,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, lambda x: x >= 0, "numbers from 0 (0 takes the most likely token)")
-        _check("top_k", self.top_k, lambda x: type(x) is int and x >= 0, "integers from 0 (0 for all tokens)")
+        _check(
+            "top_k",
+            self.top_k,
+            lambda x: type(x) is int and 0 <= x < 2**31,
+            "integers from 0 to 2147483647 (0 for all tokens)",
+        )
         _check("top_p", self.top_p, lambda x: 0 < x <= 1, "numbers above 0, up to 1 (1 for all tokens)")
         _check("min_p", self.min_p, lambda x: 0 <= x < 1, "numbers from 0 to below 1 (0 for all tokens)")
         _check("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "numbers above 0 (1 for none)")
@@ -93,7 +98,7 @@ class Stopping:
       max_new_tokens: tokens per text, 1 or more.
       end_of_text: at the tokenizer's end-of-text, if it has one.
       ids: at one of these token ids.
-      strings: before one of these strings, also where it begins and ends within tokens.
+      strings: before the first of these strings to be complete, also where it begins and ends within tokens.
       beyond_context: what happens when prompt and text have filled the model's positions: "stop", or "slide": go on
         from the last half of them, read anew.
     """

@@ -52,10 +52,13 @@ class TextStream:
 
     def _add(self, text: str) -> str:
         self._held += text
-        found = [(self._held.find(stop), stop) for stop in self._stop_strings if stop in self._held]
-        if found:
-            start, self.stopped_by = min(found)
-            released = self._release(start)
+        # The one that ends first, so that it does not matter which characters came with one token.
+        ends = [
+            (self._held.find(stop) + len(stop), -len(stop), stop) for stop in self._stop_strings if stop in self._held
+        ]
+        if ends:
+            end, _, self.stopped_by = min(ends)
+            released = self._release(end - len(self.stopped_by))
             self._held = ""
             return released
         return self._release(len(self._held) - self._possible_beginning())

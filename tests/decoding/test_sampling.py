@@ -256,6 +256,7 @@ def test_the_history_of_ragged_prompts() -> None:
         ({"temperature": True}, ["temperature=True"]),
         ({"top_k": -1}, ["top_k=-1", "integers from 0"]),
         ({"top_k": 2.5}, ["top_k=2.5"]),
+        ({"top_k": 2**31}, ["top_k=2147483648"]),
         ({"top_p": 0}, ["top_p=0", "above 0, up to 1"]),
         ({"top_p": 1.01}, ["top_p=1.01"]),
         ({"top_p": math.nan}, ["top_p=nan"]),

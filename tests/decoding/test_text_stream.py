@@ -79,10 +79,10 @@ def test_the_text_ends_before_the_first_stop_string(name: str, data_dir: pathlib
         if not found:
             assert stream.text == TEXT
             continue
-        # The text is searched as it comes: a longer stop string that begins earlier may end later.
-        seen = of.decode(ids[:used])
-        assert stream.text == seen[: min(seen.find(stop) for stop in stops if stop in seen)]
-        assert stream.stopped_by in stops
+        # The first to end, and of those the longest, as if characters came one by one.
+        end = next(end for end in range(len(TEXT) + 1) if TEXT[:end].endswith(tuple(stops)))
+        longest = max((stop for stop in stops if TEXT[:end].endswith(stop)), key=len)
+        assert (stream.text, stream.stopped_by) == (TEXT[: end - len(longest)], longest)
         assert not any(stop in of.decode(ids[: used - 1]) for stop in stops)
 
 
@@ -109,3 +109,11 @@ def test_nothing_comes_after_a_stop_string(data_dir: pathlib.Path) -> None:
 def test_an_empty_stop_string() -> None:
     with pytest.raises(UsageError, match="empty"):
         TextStream(make_tokenizer("bytes"), ["a", ""])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes", "chars"])
+def test_stop_strings_within_each_other(name: str, data_dir: pathlib.Path) -> None:
+    of = tokenizer(name, data_dir)
+    ids = of.encode("naab end").tolist()
+    assert streamed(of, ids, "aab e", "ab")[1].text == "na"
+    assert streamed(of, ids, "ab", "aab")[1].text == "n"
