@@ -96,12 +96,9 @@ class Batch:
         self._penalizes = sampling.penalizes
         # Prompts have keys of their own, so that the draws for one say nothing of those for another.
         hashes = [zlib.crc32(np.array(prompt, np.uint32).tobytes()) for prompt in self._prompts for _ in samples]
-        fold_in = jax.vmap(jax.random.fold_in)
-        keys = jnp.broadcast_to(jax.random.key(seed), (rows,))
-        keys = fold_in(keys, jnp.array(hashes, jnp.uint32))
-        keys = fold_in(keys, jnp.array([*samples] * len(self._prompts), jnp.uint32))
+        numbers = np.array([*samples] * len(self._prompts), np.uint32)
         self._request = Request(
-            key_B=keys,
+            key_B=_row_keys(seed, np.array(hashes, np.uint32), numbers),
             sampling=sampling.values(decoder.vocab_size, self._vocab_rows),
             stop_ids_N=jnp.array(sorted(set(limits.stop_ids)) or [-1], jnp.int32),
             # Rows that only fill the batch end with their first token.
@@ -188,3 +185,9 @@ class Batch:
                     alternatives=tuple(zip(ids, log_probs, strict=True)),
                     ended=Ended(int(drawn.ended_B[step, row])),
                 )
+
+
+@jax.jit
+def _row_keys(seed: jax.Array, prompt_hash_B: jax.Array, sample_B: jax.Array) -> jax.Array:
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(jax.random.fold_in)(fold_in(jax.random.key(seed), prompt_hash_B), sample_B)

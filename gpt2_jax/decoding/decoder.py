@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.decoding.sampling import History, choose, count, log_probs, top_log_probs
 from gpt2_jax.model.gpt2 import GPT2, Params
-from gpt2_jax.model.kv_cache import KVCache, empty_cache, widen
+from gpt2_jax.model.kv_cache import KVCache, empty_cache, expand, repeat_rows
 from gpt2_jax.model.unrolled import extend, next_token_logits
 from gpt2_jax.sharding import constrain
 
@@ -123,7 +123,7 @@ def prefill(
     x_BPD, cache = extend(plan.model, weights, tokens_BP, valid_BP, empty_cache(plan.model.config, rows, longest))
     x_BD = jnp.take_along_axis(x_BPD, length_B[:, None, None] - 1, axis=1)[:, 0]
     logits_BV = _logits(weights, x_BD, plan)
-    return _repeat(logits_BV, copies), _repeat_rows(widen(cache, slots), copies)
+    return repeat_rows(logits_BV, copies), expand(cache, slots, copies)
 
 
 def decode_step(
@@ -230,12 +230,3 @@ def _draw(
 def _logits(weights: Params, x_BD: jax.Array, plan: Plan) -> jax.Array:
     logits_BV = next_token_logits(x_BD, weights["wte"]["embedding"], plan.vocab_size)
     return constrain(logits_BV, "batch", "vocab")
-
-
-def _repeat(x: jax.Array, copies: int) -> jax.Array:
-    return x if copies == 1 else jnp.repeat(x, copies, axis=0)
-
-
-def _repeat_rows(cache: KVCache, copies: int) -> KVCache:
-    per_row = jax.tree.map(lambda x: _repeat(x, copies), cache.replace(used=None))
-    return per_row.replace(used=cache.used)

@@ -18,7 +18,12 @@ from gpt2_jax.sharding import constrain
 def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array, visible_BTS: jax.Array) -> jax.Array:
     """Softmax over the keys that each query may see: `[B, H, T, S]`, in float32 or wider; B of the mask may be 1."""
     exact = jnp.promote_types(q_BTHK.dtype, jnp.float32)
-    scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=exact)
+    if q_BTHK.shape[1] == 1:
+        # The other way round: XLA on CPU would transpose all keys for this product.
+        scores_BHST = jnp.einsum("bshk,bthk->bhst", k_BSHK, q_BTHK, preferred_element_type=exact)
+        scores_BHTS = scores_BHST.swapaxes(2, 3)
+    else:
+        scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=exact)
     scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
     # Masked in float32 by replacement: adding a large negative number would round in bfloat16.
     scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(exact).min)
@@ -51,10 +56,12 @@ class CausalSelfAttention(nn.Module):
             k_BSHK, v_BSHK, visible_BTS = k_BTHK, v_BTHK, jnp.tril(jnp.ones((1, T, T), bool))
         else:
             cache = cache.append(k_BTHK, v_BTHK)
-            k_BSHK, v_BSHK, visible_BTS = cache.k_BHSK.swapaxes(1, 2), cache.v_BHSK.swapaxes(1, 2), cache.visible_BTS
+            k_BSHK, v_BSHK, visible_BTS = cache.k_BSHK, cache.v_BSHK, cache.visible_BTS
         weights_BHTS = attention_weights(q_BTHK, k_BSHK, visible_BTS)
         weights_BHTS = nn.Dropout(config.attn_pdrop)(weights_BHTS, deterministic=deterministic)
-        out_BTHK = jnp.einsum("bhts,bshk->bthk", weights_BHTS.astype(dtype), v_BSHK)
+        # In this order: XLA on CPU would transpose all values for [B, T, H, K].
+        out_BHTK = jnp.einsum("bhts,bshk->bhtk", weights_BHTS.astype(dtype), v_BSHK)
+        out_BTD = out_BHTK.swapaxes(1, 2).reshape(B, T, D)
         residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
-        y_BTD = Projection((D,), ("heads", "embed"), residual_std, dtype, name="c_proj")(out_BTHK.reshape(B, T, D))
+        y_BTD = Projection((D,), ("heads", "embed"), residual_std, dtype, name="c_proj")(out_BTD)
         return y_BTD, cache

@@ -63,18 +63,17 @@ def extend(
 
     x_BTD: Any = model.apply({"params": weights}, tokens_BT, positions_BT, method="embed")
     keys, values = [], []
-    for layer, k_BHSK, v_BHSK in zip(weights["h"], cache.k_LBHSK, cache.v_LBHSK, strict=True):
+    for layer, old_keys, old_values in zip(weights["h"], cache.keys_L, cache.values_L, strict=True):
         layer = _with_c_attn_shape(layer, (config.n_embd, 3, config.n_embd))
-        read: Any = Block(config).apply(
-            {"params": layer}, x_BTD, True, LayerCache(k_BHSK, v_BHSK, cache.used, visible_BTS)
-        )
+        layer_cache = LayerCache(old_keys, old_values, cache.used, visible_BTS)
+        read: Any = Block(config).apply({"params": layer}, x_BTD, True, layer_cache)
         x_BTD, layer_cache = read
-        keys.append(layer_cache.k_BHSK)
-        values.append(layer_cache.v_BHSK)
+        keys.append(layer_cache.keys)
+        values.append(layer_cache.values)
     x_BTD = model.apply({"params": weights}, x_BTD, method="normalize")
     return x_BTD, KVCache(
-        k_LBHSK=tuple(keys),
-        v_LBHSK=tuple(values),
+        keys_L=tuple(keys),
+        values_L=tuple(values),
         valid_BS=valid_BS,
         used=cache.used + T,
         length_B=cache.length_B + valid_BT.sum(axis=1, dtype=jnp.int32),
