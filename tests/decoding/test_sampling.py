@@ -15,6 +15,7 @@ from gpt2_jax.decoding.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    most_likely,
     prompt_history,
     top_log_probs,
 )
@@ -200,6 +201,13 @@ def test_extreme_logits(logits: list[float]) -> None:
     best = np.flatnonzero(np.array(logits) == max(logits))
     assert set(drawn) <= set(best)
     assert len(set(drawn)) == len(best)
+
+
+def test_most_likely_is_the_first_of_the_highest() -> None:
+    logits_BV = np.random.default_rng(8).integers(-3, 4, (40, 200)).astype(np.float32)  # many ties
+    logits_BV[:, 150:] = -np.inf
+    logits_BV[0], logits_BV[1, :150] = -np.inf, -1e38
+    np.testing.assert_array_equal(most_likely(jnp.asarray(logits_BV)), logits_BV.argmax(axis=1))
 
 
 def test_greedy_heeds_bias_and_penalties_only() -> None:
