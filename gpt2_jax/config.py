@@ -55,6 +55,10 @@ class ModelConfig(_Section):
     attn_pdrop: float = _key(0.1, "dropout rate on the attention weights", low=0, below=1)
     resid_pdrop: float = _key(0.1, "dropout rate on the output of each residual branch", low=0, below=1)
     layer_norm_epsilon: float = _key(1e-5, "added to the variance in each LayerNorm", low=1e-12, high=1)
+    activation: str = _key(
+        "gelu_tanh", "GELU of the MLP: GPT-2's tanh approximation, or exact by erf", choices=("gelu_tanh", "gelu_erf")
+    )
+    bias: bool = _key(True, "whether projections and LayerNorms have biases, as GPT-2's do")
     initializer_range: float = _key(0.02, "standard deviation of the initial weights", low=0)
     dtype: str = _key(
         "float32",

@@ -47,7 +47,8 @@ class CausalSelfAttention(nn.Module):
         B, T, D = x_BTD.shape
         H, K = config.n_head, config.n_embd // config.n_head
         # [D, 3, D] is GPT-2's [D, 3D] with its thirds named, so that tensor parallelism splits heads, not thirds.
-        qkv_BT3D = Projection((3, D), ("embed", "qkv", "heads"), config.initializer_range, dtype, name="c_attn")(x_BTD)
+        qkv_axes = ("embed", "qkv", "heads")
+        qkv_BT3D = Projection((3, D), qkv_axes, config.initializer_range, dtype, config.bias, name="c_attn")(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (
             constrain(qkv_BT3D[:, :, third].reshape(B, T, H, K), "batch", "length", "heads", "head_dim")
             for third in range(3)
@@ -63,5 +64,5 @@ class CausalSelfAttention(nn.Module):
         out_BHTK = jnp.einsum("bhts,bshk->bhtk", weights_BHTS.astype(dtype), v_BSHK)
         out_BTD = out_BHTK.swapaxes(1, 2).reshape(B, T, D)
         residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
-        y_BTD = Projection((D,), ("heads", "embed"), residual_std, dtype, name="c_proj")(out_BTD)
+        y_BTD = Projection((D,), ("heads", "embed"), residual_std, dtype, config.bias, name="c_proj")(out_BTD)
         return y_BTD, cache

@@ -17,7 +17,7 @@ from gpt2_jax.sharding import constrain
 
 
 class Mlp(nn.Module):
-    """Two projections with the tanh approximation of GELU between them."""
+    """Two projections with GELU between them, by default its tanh approximation."""
 
     config: ModelConfig
 
@@ -25,10 +25,11 @@ class Mlp(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         D, F = config.n_embd, 4 * config.n_embd
-        x_BTF = Projection((F,), ("embed", "mlp"), config.initializer_range, dtype, name="c_fc")(x_BTD)
-        x_BTF = constrain(nn.gelu(x_BTF, approximate=True), "batch", "length", "mlp")
+        x_BTF = Projection((F,), ("embed", "mlp"), config.initializer_range, dtype, config.bias, name="c_fc")(x_BTD)
+        x_BTF = nn.gelu(x_BTF, approximate=config.activation == "gelu_tanh")
+        x_BTF = constrain(x_BTF, "batch", "length", "mlp")
         residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
-        return Projection((D,), ("mlp", "embed"), residual_std, dtype, name="c_proj")(x_BTF)
+        return Projection((D,), ("mlp", "embed"), residual_std, dtype, config.bias, name="c_proj")(x_BTF)
 
 
 class Block(nn.Module):
@@ -43,11 +44,11 @@ class Block(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         dropout = nn.Dropout(config.resid_pdrop)
 
-        y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, name="ln_1")(x_BTD)
+        y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, config.bias, name="ln_1")(x_BTD)
         y_BTD, cache = CausalSelfAttention(config, name="attn")(y_BTD, deterministic, cache)
         x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
 
-        y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, name="ln_2")(x_BTD)
+        y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, config.bias, name="ln_2")(x_BTD)
         y_BTD = Mlp(config, name="mlp")(y_BTD)
         x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
         return constrain(x_BTD, "batch", "length", None), cache

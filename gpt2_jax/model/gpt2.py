@@ -8,6 +8,8 @@ The parameters are a nested dict under GPT-2's names, kernels `[in, out]`, layer
     h/attn/c_proj {kernel [L, D, D], bias [L, D]}
     h/mlp/c_fc {kernel [L, D, F], bias [L, F]}   h/mlp/c_proj {kernel [L, F, D], bias [L, D]}
 
+Two options are not GPT-2's, for models that were trained so elsewhere: GELU by erf, and no biases (`ModelConfig`).
+
 Shapes: B batch, T length, D width, F = 4D, V vocabulary, V' vocabulary padded to a multiple of 128, P positions,
 L layers.
 """
@@ -93,7 +95,7 @@ class GPT2(nn.Module):
             unroll=min(config.scan_unroll, config.n_layer),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
-        self.ln_f = LayerNorm(config.layer_norm_epsilon, jnp.dtype(config.dtype))
+        self.ln_f = LayerNorm(config.layer_norm_epsilon, jnp.dtype(config.dtype), config.bias)
         self.dropout = nn.Dropout(config.embd_pdrop)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:

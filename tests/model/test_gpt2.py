@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -228,6 +229,26 @@ def test_gradient_in_float64(name: str) -> None:
     grad, expected = float64_results()[2][name], reference_results()[2][name]
     assert grad.dtype == np.float64
     assert relative(without_key_bias(name, grad), without_key_bias(name, expected)) < 1e-9
+
+
+def test_gelu_by_erf(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_gpt2, "gelu", lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2)
+    params, (tokens, _, _) = random_params(), random_batch()
+    want = numpy_gpt2.logits(params, tokens, **REFERENCE)
+    got = apply_logits(cast(params, np.float32), tokens, dataclasses.replace(CONFIG, activation="gelu_erf"))
+    assert relative(got, want) < 1e-5
+    assert relative(apply_logits(cast(params, np.float32), tokens), want) > 1e-5  # tanh is another function
+
+
+def test_no_biases_are_biases_of_zero() -> None:
+    leaves, (tokens, _, _) = numpy_gpt2.leaves(random_params()), random_batch()
+    zeros = {name: 0 * leaf if name.endswith("bias") else leaf for name, leaf in leaves.items()}
+    want = numpy_gpt2.logits(numpy_gpt2.from_leaves(zeros), tokens, **REFERENCE)
+    bare = numpy_gpt2.from_leaves({name: leaf for name, leaf in leaves.items() if not name.endswith("bias")})
+    config = dataclasses.replace(CONFIG, bias=False)
+    assert relative(apply_logits(cast(bare, np.float32), tokens, config), want) < 1e-5
+    shapes = jax.eval_shape(lambda: init_params(GPT2(config), jax.random.key(0)))
+    assert jax.tree.structure(shapes) == jax.tree.structure(bare)
 
 
 @pytest.mark.parametrize(("remat", "unroll"), [("none", 2), ("dots", 1), ("full", 3)])
