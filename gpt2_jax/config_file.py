@@ -42,7 +42,7 @@ def from_json(text: str) -> RunConfig:
     """The inverse of `to_json`. Raises UsageError on anything that is not a config."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"config is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"config is {type(values).__name__}, not a JSON object")

@@ -7,12 +7,13 @@ Shapes: D width, F = 4D, V vocabulary, P positions, L layers.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from gpt2_jax.config import ModelConfig
+from gpt2_jax.errors import DataError
 from gpt2_jax.model.gpt2 import padded_vocab_size
 
 # Hugging Face's name, our path, Hugging Face's shape. Those of a layer have its number before their name.
@@ -56,7 +57,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-    """All tensors of a model."""
+    """All tensors of a model; one without biases has none of theirs."""
     D = config.n_embd
     sizes = {"D": D, "3D": 3 * D, "F": 4 * D, "V": config.vocab_size, "P": config.n_positions}
 
@@ -65,8 +66,9 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         prefix = "" if layer is None else f"h.{layer}."
         return Tensor(prefix + name, tuple(sizes[letter] for letter in shape), tuple(path.split("/")), layer)
 
-    whole = [tensor(row, None) for row in _WHOLE]
-    return whole + [tensor(row, layer) for layer in range(config.n_layer) for row in _OF_A_LAYER]
+    found = [tensor(row, None) for row in _WHOLE]
+    found += [tensor(row, layer) for layer in range(config.n_layer) for row in _OF_A_LAYER]
+    return [one for one in found if config.bias or one.path[-1] != "bias"]
 
 
 def params_from_tensors(config: ModelConfig, read: Callable[[str], np.ndarray]) -> dict[str, Any]:
@@ -85,6 +87,35 @@ def params_from_tensors(config: ModelConfig, read: Callable[[str], np.ndarray]) 
             slot = slot[: config.vocab_size]  # the rows after them are padding
         slot[...] = value.reshape(slot.shape)
     return params
+
+
+def finite(value: np.ndarray, where: str) -> np.ndarray:
+    """`value` in float32. Raises DataError, naming `where`, if a number in it is not finite there."""
+    with np.errstate(over="ignore"):  # float64 can hold what float32 cannot
+        value = value.astype(np.float32, copy=False)
+    if not np.isfinite(value).all():
+        raise DataError(f"{where} has values that are not finite; the file is damaged, or training had diverged")
+    return value
+
+
+def tensors_from_params(
+    config: ModelConfig, params: Mapping[str, Any], *, always_biases: bool = False
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Each tensor with its values, C-contiguous, from our tree: the inverse of `params_from_tensors`.
+
+    With `always_biases`, those of a model without biases come as zeros, which are the same.
+    """
+    for tensor in tensors(dataclasses.replace(config, bias=config.bias or always_biases)):
+        if tensor.path[-1] == "bias" and not config.bias:
+            yield tensor, np.zeros(tensor.shape, np.float32)
+            continue
+        node: Any = params
+        for name in tensor.path:
+            node = node[name]
+        value = np.asarray(node if tensor.layer is None else node[tensor.layer])
+        if tensor.path == ("wte", "embedding"):
+            value = value[: config.vocab_size]
+        yield tensor, np.ascontiguousarray(value.reshape(tensor.shape))
 
 
 def _our_shape(config: ModelConfig, tensor: Tensor) -> tuple[int, ...]:

@@ -52,6 +52,11 @@ class Tokenizer:
         """The merges as lines "left right" in GPT-2's byte alphabet; empty for bytes and chars."""
         return self._codec.merges if isinstance(self._codec, BytePairCodec) else ()
 
+    @property
+    def characters(self) -> str:
+        """The characters in the order of their ids; empty for the other tokenizers."""
+        return self._codec.content["characters"] if isinstance(self._codec, CharacterCodec) else ""
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256, in hexadecimal, over everything that decides the ids."""
@@ -153,13 +158,21 @@ def make_tokenizer(
     return Tokenizer(name, normalization, lowercase, codec)
 
 
-def tokenizer_from_merges(merges: Sequence[str]) -> Tokenizer:
+def tokenizer_from_merges(merges: Sequence[str], normalization: str = "none", lowercase: bool = False) -> Tokenizer:
     """The byte-level BPE of these merges, lines "left right" in GPT-2's byte alphabet: "gpt2" if they are GPT-2's.
 
     Raises DataError for a line that is no merge of two earlier tokens into a new one.
     """
-    name = "gpt2" if are_gpt2_merges(merges) else f"bpe:{len(merges)}"
-    return Tokenizer(name, "none", False, BytePairCodec(name, tuple(merges)))
+    plain = normalization == "none" and not lowercase
+    name = "gpt2" if plain and are_gpt2_merges(merges) else f"bpe:{len(merges)}"
+    return Tokenizer(name, normalization, lowercase, BytePairCodec(name, tuple(merges)))
+
+
+def tokenizer_from_characters(characters: str, normalization: str = "none", lowercase: bool = False) -> Tokenizer:
+    """The tokenizer "chars" of these characters. Raises DataError unless they are there, sorted and different."""
+    if not characters or list(characters) != sorted(set(characters)):
+        raise DataError("the characters of a tokenizer are one or more, sorted, each once")
+    return Tokenizer("chars", normalization, lowercase, CharacterCodec(characters))
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

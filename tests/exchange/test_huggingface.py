@@ -199,7 +199,7 @@ def index_with(place: str) -> Callable[[pathlib.Path], None]:
     ("damage", "fragments"),
     [
         (changed("model_type", "llama"), ["config.json", "model_type", "'llama'"]),
-        (changed("activation_function", "gelu"), ["activation_function", "'gelu'", "gelu_new"]),
+        (changed("activation_function", "relu"), ["activation_function", "'relu'", "gelu_new"]),
         (changed("scale_attn_by_inverse_layer_idx", True), ["scale_attn_by_inverse_layer_idx"]),
         (changed("scale_attn_weights", False), ["scale_attn_weights"]),
         (changed("add_cross_attention", True), ["add_cross_attention"]),

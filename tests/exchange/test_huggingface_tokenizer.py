@@ -79,9 +79,10 @@ def test_vocab_and_merges(folder: pathlib.Path, names: tuple[str, str]) -> None:
     merges = [" ".join(pair) for pair in content["model"]["merges"]]
     (folder / names[1]).write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     assert read_tokenizer(folder, 1000).fingerprint == want.fingerprint
-    (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    with pytest.raises(DataError, match="add_prefix_space"):
-        read_tokenizer(folder, 1000)
+    for field in ("add_prefix_space", "add_bos_token"):
+        (folder / "tokenizer_config.json").write_text(json.dumps({field: True}))
+        with pytest.raises(DataError, match=field):
+            read_tokenizer(folder, 1000)
 
 
 def test_gpt2s_own_files(tmp_path: pathlib.Path, data_dir: pathlib.Path) -> None:
@@ -116,6 +117,24 @@ def swap_ids(content: dict[str, Any]) -> None:
     vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
 
 
+END = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+
+
+def template(*before: dict[str, Any]) -> dict[str, Any]:
+    """As transformers writes it for `add_bos_token`; without `before` it adds nothing."""
+    return {"type": "TemplateProcessing", "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}]}
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [None, {"type": "ByteLevel"}, template(), {"type": "Sequence", "processors": [{"type": "ByteLevel"}, template()]}],
+)
+def test_post_processors_that_add_nothing(folder: pathlib.Path, harmless: dict[str, Any] | None) -> None:
+    want = read_tokenizer(folder, 1000).fingerprint
+    edit(lambda content: content.update(post_processor=harmless))(folder)
+    assert read_tokenizer(folder, 1000).fingerprint == want
+
+
 ADDED = {"id": 317, "content": "<pad>", "special": True}
 
 
@@ -126,6 +145,9 @@ ADDED = {"id": 317, "content": "<pad>", "special": True}
         (lambda c: c.update(pre_tokenizer={"type": "Whitespace"}), ["pre_tokenizer", "ByteLevel"]),
         (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), ["add_prefix_space"]),
         (lambda c: c.update(normalizer={"type": "NFC"}), ["normalizer"]),
+        (lambda c: c.update(post_processor=template(END)), ["post_processor adds"]),
+        (lambda c: c.update(post_processor={"type": "Sequence", "processors": [template(END)]}), ["post_processor"]),
+        (lambda c: c.update(post_processor={"type": "BertProcessing"}), ["post_processor"]),
         (lambda c: c["model"].update(dropout=0.1), ["dropout"]),
         (lambda c: c["model"].update(ignore_merges=True), ["ignore_merges"]),
         (lambda c: c["added_tokens"].append(ADDED), ["'<pad>'"]),
