@@ -211,6 +211,9 @@ class CheckpointConfig(_Section):
     every: int = _key(250, "steps between saves; the last step is always saved", low=1)
     keep_last: int = _key(2, "newest saves kept", low=1)
     keep_best: int = _key(1, "saves of lowest held-out loss kept besides, of those whose step was evaluated", low=0)
+    export_best: bool = _key(
+        True, "at the end, write the best parameters as a Hugging Face folder, huggingface/, into the run folder"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +248,9 @@ class RunConfig(_Section):
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = _key(0, "seed of initialisation, data order and dropout", low=0, high=2**31 - 1)
-    init_from: str = _key("", "run folder whose parameters training starts from; empty: random ones")
+    init_from: str = _key(
+        "", "run folder, or Hugging Face GPT-2 folder, whose parameters training starts from; empty: random ones"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

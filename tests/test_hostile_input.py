@@ -221,7 +221,7 @@ def test_a_damaged_save_is_left_for_the_one_before(tiny: Workshop, run_copy: pat
 
 def test_init_from_what_is_no_run(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     settings = {"init_from": tmp_path / "nothing"}
-    refused(tiny, tmp_path, settings, 2, f"init_from={tmp_path / 'nothing'}", "no run there")
+    refused(tiny, tmp_path, settings, 2, f"init_from={tmp_path / 'nothing'}", "no model there")
 
 
 def test_data_that_changed_since_the_run_began(tiny: Workshop, run_copy: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -50,6 +50,7 @@ TINY = {
     "train.eval_every": 20,
     "train.sample_every": 30,
     "checkpoint.every": 10,
+    "checkpoint.export_best": False,
 }
 
 

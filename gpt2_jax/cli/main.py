@@ -14,6 +14,8 @@ from gpt2_jax.errors import UsageError
 COMMANDS = {
     "prepare": ("gpt2_jax.cli.prepare", "tokenize a corpus into a folder of token shards"),
     "generate": ("gpt2_jax.cli.generate", "write text with a trained model"),
+    "export": ("gpt2_jax.cli.export", "write a model in another program's format"),
+    "import": ("gpt2_jax.cli.import_model", "read another program's model into a Hugging Face folder"),
 }
 
 

@@ -1,12 +1,15 @@
 """Loading a model, of a finished or interrupted run or of a Hugging Face folder: `gpt2_jax.load`."""
 
+import contextlib
 import pathlib
 
 import jax
 
-from gpt2_jax.config import RunConfig, TokenizerConfig
+from gpt2_jax.config import ModelConfig, RunConfig, TokenizerConfig
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.exchange.huggingface import is_huggingface, load_huggingface
+from gpt2_jax.exchange.huggingface_config import read_config as read_huggingface_config
+from gpt2_jax.exchange.huggingface_tokenizer import read_tokenizer
 from gpt2_jax.model.gpt2 import GPT2, Params, init_params
 from gpt2_jax.run.checkpoint import Checkpoints, abstract_on_one_device
 from gpt2_jax.run.run_folder import read_config
@@ -34,17 +37,40 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
         if step is not None:
             raise UsageError(f"{folder} is a Hugging Face folder, which has no steps; step {step} was asked for")
         model, params, tokenizer = load_huggingface(folder)
-        return RunConfig(model=model, tokenizer=TokenizerConfig(name=tokenizer.name)), params, tokenizer
+        return _as_run_config(model, tokenizer), params, tokenizer
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     if not (folder / "checkpoints").is_dir():
         raise DataError(f"{folder} has no checkpoints yet")
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        found = checkpoints.best_step() if step is None else step
-        if found is None or found not in checkpoints.steps():
-            raise DataError(f"{folder} has no checkpoint of step {found}; saved: {checkpoints.steps() or 'none'}")
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        found = _choose(checkpoints, step, folder)
         shapes = jax.eval_shape(lambda: init_params(GPT2(config.model), jax.random.key(0)))
         return config, checkpoints.restore_params(found, abstract_on_one_device(shapes)), tokenizer
-    finally:
-        checkpoints.close()
+
+
+def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
+    """Config and tokenizer as `load` gives them, without the parameters. Raises like it."""
+    folder = expand_user(folder)
+    if is_huggingface(folder):
+        model = read_huggingface_config(folder / "config.json")
+        tokenizer = read_tokenizer(folder, model.vocab_size)
+        return _as_run_config(model, tokenizer), tokenizer
+    return read_config(folder), load_tokenizer(folder / "tokenizer")
+
+
+def saved_step(folder: pathlib.Path, step: int | None = None) -> int:
+    """The step that `load` takes from a run folder. Raises DataError where there is none."""
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        return _choose(checkpoints, step, folder)
+
+
+def _as_run_config(model: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
+    settings = TokenizerConfig(tokenizer.name, "", tokenizer.normalization, tokenizer.lowercase)
+    return RunConfig(model=model, tokenizer=settings)
+
+
+def _choose(checkpoints: Checkpoints, step: int | None, folder: pathlib.Path) -> int:
+    found = checkpoints.best_step() if step is None else step
+    if found is None or found not in checkpoints.steps():
+        raise DataError(f"{folder} has no checkpoint of step {found}; saved: {checkpoints.steps() or 'none'}")
+    return found

@@ -19,6 +19,7 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size, parameter_count
 from gpt2_jax.run.actions import Evaluate, Report, Sample, Save
+from gpt2_jax.run.bundle import export_best
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.compile_cache import set_compile_cache
 from gpt2_jax.run.first_state import first_state
@@ -27,7 +28,7 @@ from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.progress import Progress
-from gpt2_jax.run.run_data import cut_batches, open_data, with_vocabulary
+from gpt2_jax.run.run_data import cut_batches, open_data, with_vocabulary, with_vocabulary_of_source
 from gpt2_jax.run.run_folder import check_unchanged, holds_run, make_folder, read_config, write_run
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.training.loss import choose_chunk
@@ -80,6 +81,8 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
         if not config.model.vocab_size:
             config = with_vocabulary(config, stored.model.vocab_size)
         check_unchanged(stored, config, folder)
+    else:
+        config = with_vocabulary_of_source(config)
     store = open_data(config, folder)
     tokenizer = store.tokenizer
     config = with_vocabulary(config, tokenizer.vocab_size)
@@ -130,6 +133,8 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
             ),
         )
     draw_losses(folder / "metrics.jsonl", folder / "loss.png")
+    if config.checkpoint.export_best:
+        export_best(folder, config)
     print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
 
 
@@ -208,6 +213,8 @@ def _farewell(
         f"--config.init_from={folder}",
         f"--config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}",
     ]
+    if config.checkpoint.export_best:
+        lines.append(f"the best parameters, for transformers and others, {folder / 'huggingface'}")
     lines += [
         f"loss curve {folder / 'loss.png'}, numbers {folder / 'metrics.jsonl'}, samples {folder / 'samples'}",
         "to use it, or to go on from it with a smaller rate (on your text: --config.data.source=text:GLOB):",

@@ -11,10 +11,16 @@ from gpt2_jax.data.prepare import ensure_prepared
 from gpt2_jax.data.token_store import TokenStore, open_token_store
 from gpt2_jax.data.windows import PackedWindows, PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.exchange.huggingface import is_huggingface
+from gpt2_jax.run.load import load_settings
 from gpt2_jax.run.run_folder import holds_run, read_config, read_data
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.user_paths import cache_folder, expand_user
 
-_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+_MODEL_KEYS = (
+    *("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"),
+    *("activation", "bias", "layer_norm_epsilon"),
+)
 _TOKENIZER_KEYS = ("name", "normalization", "lowercase")
 
 
@@ -41,6 +47,13 @@ def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
         found += f"{store.fingerprint[:12]}: bring the old data back, or use another --workdir"
         raise DataError(found) if same_settings else UsageError(found)
     return _verified(store)
+
+
+def with_vocabulary_of_source(config: RunConfig) -> RunConfig:
+    """The config with `model.vocab_size`, where it is open, from `init_from`. Raises like `open_data`."""
+    if not config.init_from or config.model.vocab_size:
+        return config
+    return with_vocabulary(config, _source_settings(config)[0].model.vocab_size)
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
@@ -107,20 +120,33 @@ def _verified(store: TokenStore) -> TokenStore:
 
 
 def _tokenizer_path(config: RunConfig) -> str:
-    """Where the tokenizer's files are: a learned one is that of `init_from`, so that its ids mean the same."""
+    """Where the tokenizer's files are: those of `init_from`, so that its ids mean the same."""
     if not config.init_from:
         return config.tokenizer.path
-    source = expand_user(config.init_from)
-    if not (source / "config.json").is_file():
-        raise UsageError(f"init_from={config.init_from}: no run there (no config.json); name a run folder")
-    check_same_model(config, read_config(source))
-    learned = config.tokenizer.name not in ("gpt2", "bytes")
-    return str(source / "tokenizer") if learned and not config.tokenizer.path else config.tokenizer.path
+    source, tokenizer = _source_settings(config)
+    check_same_model(config, source)
+    if config.tokenizer.name == "bytes" or config.tokenizer.path:
+        return config.tokenizer.path
+    source_folder = expand_user(config.init_from)
+    if not is_huggingface(source_folder):
+        return str(source_folder / "tokenizer")
+    # A Hugging Face folder has its tokenizer in other files; the data wants ours.
+    folder = cache_folder("tokenizers") / tokenizer.fingerprint
+    tokenizer.save(folder)
+    return str(folder)
+
+
+def _source_settings(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
+    if not (expand_user(config.init_from) / "config.json").is_file():
+        raise UsageError(
+            f"init_from={config.init_from}: no model there (no config.json); name a run folder or a Hugging Face one"
+        )
+    return load_settings(config.init_from)
 
 
 def check_same_model(config: RunConfig, source: RunConfig) -> None:
     """Raises UsageError when the parameters of `init_from` do not fit the config's model or tokenizer."""
-    for section, keys in (("model", _SHAPE_KEYS), ("tokenizer", _TOKENIZER_KEYS)):
+    for section, keys in (("model", _MODEL_KEYS), ("tokenizer", _TOKENIZER_KEYS)):
         for key in keys:
             wanted, found = getattr(getattr(config, section), key), getattr(getattr(source, section), key)
             if wanted != found and not (key == "vocab_size" and wanted == 0):  # 0: not filled in yet

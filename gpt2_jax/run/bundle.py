@@ -1,0 +1,78 @@
+"""A model folder as what is exported: the model, its tokenizer, and what a reader should know of its training."""
+
+import json
+import pathlib
+import shutil
+
+import gpt2_jax
+from gpt2_jax.config import RunConfig
+from gpt2_jax.exchange.bundle import Bundle
+from gpt2_jax.exchange.export import export
+from gpt2_jax.exchange.huggingface import is_huggingface
+from gpt2_jax.run.load import load, saved_step
+from gpt2_jax.user_paths import expand_user
+
+
+def load_bundle(folder: str | pathlib.Path, step: int | None = None) -> Bundle:
+    """What is in a run folder or Hugging Face folder. Arguments and errors are those of `load`."""
+    folder = expand_user(folder)
+    if is_huggingface(folder):
+        config, params, tokenizer = load(folder, step)
+        return Bundle(config.model, params, tokenizer, {"made from": f"{folder.resolve().name}, by gpt2_jax"})
+    config, params, tokenizer = load(folder, step)
+    return Bundle(config.model, params, tokenizer, training_facts(config, folder, saved_step(folder, step)))
+
+
+def export_best(folder: pathlib.Path, config: RunConfig) -> pathlib.Path:
+    """The Hugging Face folder in the run `folder`, written anew unless it is of the best save already.
+
+    Raises like `load` and `export`.
+    """
+    out = folder / "huggingface"
+    if not _is_of(out, training_facts(config, folder, saved_step(folder))):
+        new = folder / "huggingface.new"
+        shutil.rmtree(new, ignore_errors=True)
+        export(load_bundle(folder), "huggingface", new)
+        shutil.rmtree(out, ignore_errors=True)
+        new.rename(out)
+    return out
+
+
+def _is_of(exported: pathlib.Path, facts: dict[str, str]) -> bool:
+    try:
+        return bool(json.loads((exported / "export.json").read_text(encoding="utf-8"))["facts"] == facts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def training_facts(config: RunConfig, folder: pathlib.Path, step: int) -> dict[str, str]:
+    """For the model card, of the run in `folder` at a saved step."""
+    tokens = step * config.train.batch_size * config.context_length
+    kind, colon, path = config.data.source.partition(":")
+    facts = {
+        "data": f"{kind}{colon}{pathlib.PurePath(path).name}",  # where it lay is nobody's business
+        "training": f"{step:,} steps of {config.train.batch_size} windows of {config.context_length:,} tokens, "
+        f"{tokens:,} tokens in all; AdamW, {config.optimizer.schedule} rate up to {config.optimizer.learning_rate:g}",
+    }
+    if config.init_from:
+        facts["started from"] = pathlib.PurePath(config.init_from).name
+    for name, what in {"loss": "training loss", "held_out_loss": "held-out loss"}.items():
+        value = _metric(folder / "metrics.jsonl", step, name)
+        if value is not None:
+            facts[what] = f"{value:.4f} nats per token, at step {step:,}"
+    facts["trained with"] = f"gpt2_jax {gpt2_jax.__version__}"
+    return facts
+
+
+def _metric(file: pathlib.Path, step: int, name: str) -> float | None:
+    """The newest value of a step, if one was written."""
+    found = None
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                values = json.loads(line)
+            except ValueError:  # a line that was cut short by a crash
+                continue
+            if isinstance(values, dict) and values.get("step") == step and isinstance(values.get(name), float):
+                found = values[name]
+    return found
