@@ -87,11 +87,11 @@ class Generator:
         batch_size: int = 8,
         chunk: int = 16,
     ) -> None:
-        """Copies the parameters into the layout of decoding.
+        """Brings the parameters into the layout of decoding.
 
         Args:
           config: the model's.
-          params: its parameters; they may be dropped afterwards.
+          params: its parameters. They may be dropped afterwards, but not donated: the token table is not copied.
           tokenizer: its tokenizer.
           mesh: devices; default: the one that holds the parameters.
           dtype: float32, bfloat16 or float16; default: float32 on a CPU, elsewhere `config.dtype`.

@@ -45,11 +45,11 @@ class Decoder:
 def make_decoder(
     config: ModelConfig, params: Params, vocab_size: int, *, mesh: Mesh | None = None, dtype: str = ""
 ) -> Decoder:
-    """Copies the parameters into the layout and type of decoding.
+    """Brings the parameters into the layout and type of decoding; what is so already is shared, the rest copied.
 
     Args:
       config: the model's.
-      params: its parameters, wherever they are.
+      params: its parameters, wherever they are; not to be donated while the decoder is in use.
       vocab_size: ids that may be drawn: the tokenizer's, since those beyond have no text.
       mesh: devices; default: the one that holds the parameters.
       dtype: of the arithmetic and the cache; default: float32 on a CPU, where products of one token are ten times
@@ -70,7 +70,7 @@ def make_decoder(
         params = jax.device_put(params, tree_shardings(boxed, mesh))
     flat = mesh is None or mesh.shape["tensor"] == 1
     with _on(mesh):
-        weights = jax.jit(unstack, static_argnames=("config", "flat"))(params, config=config, flat=flat)
+        weights = unstack(params, config, flat=flat)
     return Decoder(GPT2(config), weights, min(vocab_size, config.vocab_size), mesh)
 
 

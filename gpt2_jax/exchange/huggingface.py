@@ -3,6 +3,7 @@
 Nothing in it is run, and nothing outside it is read.
 """
 
+import concurrent.futures
 import dataclasses
 import pathlib
 import re
@@ -10,14 +11,14 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.errors import DataError
 from gpt2_jax.exchange.huggingface_config import read_config
 from gpt2_jax.exchange.huggingface_tokenizer import read_tokenizer
-from gpt2_jax.exchange.json_object import INDEX_BYTES, brief, parse_json, read_json, shown
+from gpt2_jax.exchange.json_object import INDEX_BYTES, read_json, shown
 from gpt2_jax.exchange.names import finite, params_from_tensors, tensors
+from gpt2_jax.exchange.safetensors_file import StoredTensor, stored_tensors
 from gpt2_jax.model.gpt2 import Params
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.user_paths import expand_user
@@ -51,14 +52,15 @@ def load_huggingface(folder: str | pathlib.Path) -> tuple[ModelConfig, Params, T
     """
     folder = expand_user(folder)
     config = read_config(folder / "config.json")
-    tokenizer = read_tokenizer(folder, config.vocab_size)
-    params = params_from_tensors(config, _checked_reader(folder, config))
-    return config, jax.device_put(params), tokenizer
+    with concurrent.futures.ThreadPoolExecutor(1) as other_core:
+        params = other_core.submit(lambda: params_from_tensors(config, _checked_reader(folder, config)))
+        tokenizer = read_tokenizer(folder, config.vocab_size)
+    return config, jax.device_put(params.result()), tokenizer
 
 
 def _checked_reader(folder: pathlib.Path, config: ModelConfig) -> Callable[[str], np.ndarray]:
     """Reads tensors by name, once all have been found with the shapes that they should have."""
-    places, shapes = _places(folder)
+    places = _places(folder)
     if config.n_layer > len(places):  # before as many names are made
         raise DataError(f"{folder}: {len(places)} tensors in the weights, too few for n_layer={config.n_layer}")
     wanted = {tensor.name: tensor.shape for tensor in tensors(config)}
@@ -71,13 +73,14 @@ def _checked_reader(folder: pathlib.Path, config: ModelConfig) -> Callable[[str]
         raise DataError(f"{folder}: {_some(missing)} missing from the weights")
     if unknown:
         raise DataError(f"{folder}: {_some([*map(shown, unknown)])} in the weights, which GPT-2 does not have")
-    for name, shape in shapes.items():
-        if shape != allowed[name]:
-            raise DataError(f"{folder}: {name} has shape {shown(shape)}, by config.json it should be {allowed[name]}")
+    for name, stored in places.items():
+        if stored.shape != allowed[name]:
+            found = shown(stored.shape)
+            raise DataError(f"{folder}: {name} has shape {found}, by config.json it should be {allowed[name]}")
 
     def read(name: str) -> np.ndarray:
-        file, stored_name = places[name]
-        return _read_tensor(file, stored_name)
+        stored = places[name]
+        return finite(stored.read(), f"{stored.file}: {stored.name}")
 
     for name in empty & places.keys():
         if read(name).any():
@@ -88,35 +91,18 @@ def _checked_reader(folder: pathlib.Path, config: ModelConfig) -> Callable[[str]
     return read
 
 
-def _places(folder: pathlib.Path) -> tuple[dict[str, tuple[pathlib.Path, str]], dict[str, tuple[int, ...]]]:
-    """Of each tensor, by its name without prefix: its file and full name there; and its shape."""
-    places: dict[str, tuple[pathlib.Path, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+def _places(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """Where each tensor is, by its name without prefix."""
+    places: dict[str, StoredTensor] = {}
     for file in _weight_files(folder):
-        try:
-            _check_header(file)
-            with safe_open(file, framework="numpy") as opened:
-                for stored_name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    name = stored_name.removeprefix("transformer.")
-                    if _NOT_WEIGHTS.fullmatch(name):
-                        continue
-                    if name in places:
-                        raise DataError(f"{folder}: {shown(name)} is there twice")
-                    places[name] = file, stored_name
-                    shapes[name] = tuple(opened.get_slice(stored_name).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{file}: not a whole safetensors file ({brief(error)}); fetch it again") from None
-    return places, shapes
-
-
-def _check_header(file: pathlib.Path) -> None:
-    """Refuses what the library takes: a header that costs gigabytes of memory, and a name that is there twice."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = stream.read(size) if size <= INDEX_BYTES else b""
-    if not header or len(header) < size:
-        raise DataError(f"{file}: not a whole safetensors file (a header of {size:,} bytes); fetch it again")
-    parse_json(header, f"{file}: header")
+        for stored in stored_tensors(file):
+            name = stored.name.removeprefix("transformer.")
+            if _NOT_WEIGHTS.fullmatch(name):
+                continue
+            if name in places:
+                raise DataError(f"{folder}: {shown(name)} is there twice")
+            places[name] = stored
+    return places
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -142,21 +128,6 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             "load it with transformers and save_pretrained it as safetensors"
         )
     raise DataError(f"{folder}: no {_WEIGHTS} or {_INDEX} there")
-
-
-_TYPES = ("F64", "F32", "F16", "BF16")
-
-
-def _read_tensor(file: pathlib.Path, name: str) -> np.ndarray:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            stored = opened.get_slice(name).get_dtype()
-            if stored not in _TYPES:
-                raise DataError(f"{file}: {name} has type {stored}; allowed: {', '.join(_TYPES)}")
-            value = opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{file}: {name} cannot be read ({brief(error)}); fetch the file again") from None
-    return finite(value, f"{file}: {name}")
 
 
 def _some(names: list[str]) -> str:

@@ -163,9 +163,28 @@ def _checked(
                 f"{file}: token {shown(token)} has id {ids.get(token)}; by GPT-2's numbering it is {number}"
             )
     try:
-        return tokenizer_from_merges(merges, normalization, lowercase)
+        tokenizer = tokenizer_from_merges(merges, normalization, lowercase)
     except (DataError, UnicodeEncodeError) as error:
         raise DataError(f"{file}: {brief(error)}") from None
+    if tokenizer.name != "gpt2":
+        _check_merges_make_their_tokens(file, merges, expected)
+    return tokenizer
+
+
+def _check_merges_make_their_tokens(file: pathlib.Path, merges: Sequence[str], ids: dict[str, int]) -> None:
+    """Raises DataError unless the bytes of each token become that token by the merges, as with learned ones.
+
+    Two pieces are joined here whenever together they are a token, by Hugging Face's library only where a merge is of
+    just these two. Where merges make their tokens, that is the same.
+    """
+    from tokenizers.models import BPE  # heavy, and not needed for GPT-2's own
+
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    model = BPE(vocab=ids, merges=pairs)
+    for pair in pairs:
+        token = "".join(pair)
+        if len(model.tokenize(token)) != 1:
+            raise DataError(f"{file}: the merges do not make the token {shown(token)} of its bytes; {_UNREADABLE}")
 
 
 def _list(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ Shapes: D width, F = 4D, V vocabulary, P positions, L layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ def params_from_tensors(config: ModelConfig, read: Callable[[str], np.ndarray]) 
         for folder in folders:
             node = node.setdefault(folder, {})
         if last not in node:
-            node[last] = np.zeros(_our_shape(config, tensor), np.float32)
+            node[last] = _zeros(_our_shape(config, tensor))
         slot = node[last] if tensor.layer is None else node[last][tensor.layer]
         value = read(tensor.name)
         if tensor.path == ("wte", "embedding"):
@@ -116,6 +117,14 @@ def tensors_from_params(
         if tensor.path == ("wte", "embedding"):
             value = value[: config.vocab_size]
         yield tensor, np.ascontiguousarray(value.reshape(tensor.shape))
+
+
+def _zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros that start on a 64-byte boundary: JAX takes such memory over on a CPU, where it would copy other."""
+    size = math.prod(shape) * 4
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(np.float32).reshape(shape)
 
 
 def _our_shape(config: ModelConfig, tensor: Tensor) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ One token is so little work that slicing a layer's weights out of stacked arrays
 Shapes: B rows, T new tokens, S slots, D width, V' padded vocabulary, L layers.
 """
 
+import functools
 import operator
 from typing import Any
 
@@ -18,7 +19,9 @@ from gpt2_jax.model.kv_cache import KVCache, LayerCache
 
 
 def unstack(params: Params, config: ModelConfig, *, flat: bool) -> Params:
-    """A copy of the parameters with `h` as a tuple of layers, in the type in which `config.dtype` uses them.
+    """The parameters with `h` as a tuple of layers, in the type in which `config.dtype` uses them.
+
+    Tables that are of this type already are not copied.
 
     Args:
       params: the model's parameters.
@@ -27,15 +30,25 @@ def unstack(params: Params, config: ModelConfig, *, flat: bool) -> Params:
         a sixth of the speed; tensor parallelism, which splits heads, needs the axis of 3.
     """
 
-    def as_used(path: Any, leaf: jax.Array) -> jax.Array:
+    rest = {name: part for name, part in params.items() if name != "h"}
+    return {**_as_used(rest, config), "h": _layers(params["h"], config, flat)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "flat"))
+def _layers(stacked: Params, config: ModelConfig, flat: bool) -> tuple[Params, ...]:
+    cast = _as_used(stacked, config)
+    layers = [jax.tree.map(operator.itemgetter(layer), cast) for layer in range(config.n_layer)]
+    if flat:
+        layers = [_with_c_attn_shape(layer, (config.n_embd, 3 * config.n_embd)) for layer in layers]
+    return tuple(layers)
+
+
+def _as_used(params: Params, config: ModelConfig) -> Params:
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
         in_norm = any(str(key.key).startswith("ln_") for key in path)  # LayerNorm computes in float32
         return leaf if in_norm else leaf.astype(config.dtype)
 
-    cast = jax.tree.map_with_path(as_used, params)
-    layers = [jax.tree.map(operator.itemgetter(layer), cast["h"]) for layer in range(config.n_layer)]
-    if flat:
-        layers = [_with_c_attn_shape(layer, (config.n_embd, 3 * config.n_embd)) for layer in layers]
-    return {**cast, "h": tuple(layers)}
+    return jax.tree.map_with_path(cast, params)
 
 
 def extend(

@@ -61,6 +61,19 @@ def test_ids_are_those_of_the_library(folder: pathlib.Path) -> None:
     assert len(ours.encode("the cat")) < 5  # merges are used
 
 
+def test_merges_that_do_not_make_their_tokens(tmp_path: pathlib.Path) -> None:
+    """The library never joins "ab" and "c", since "bc" comes first; whoever looks up "abc" as a token would."""
+    merges = ["b c", "a b", "ab c"]
+    symbols = [*alphabet(), "bc", "ab", "abc", "<|endoftext|>"]
+    ids = {symbol: number for number, symbol in enumerate(symbols)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [tuple(merge.split()) for merge in merges]))
+    assert len(library.encode("abc").ids) == 2
+    (tmp_path / "vocab.json").write_text(json.dumps(ids))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    with pytest.raises(DataError, match="do not make the token 'abc'"):
+        read_tokenizer(tmp_path, 1000)
+
+
 def test_merges_as_strings(folder: pathlib.Path) -> None:
     ids = read_tokenizer(folder, 1000).encode(TEXTS[0]).tolist()
     edit(lambda content: content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]]))(
