@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -24,3 +25,10 @@ def data_dir() -> pathlib.Path:
     if not folder:
         pytest.skip("GPT2_JAX_TEST_DATA is not set: the test data sets are not here")
     return pathlib.Path(folder)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_dropped() -> Iterator[None]:
+    """Each compiled program has memory mappings, and a process may have 65,530 of them before XLA crashes."""
+    yield
+    jax.clear_caches()

@@ -50,6 +50,7 @@ def test_a_run_ends_with_its_best_parameters_for_others(tiny: Workshop, tmp_path
     assert tiny.run_here(run, {**SETTINGS, "train.steps": 8}).code == 0
     assert equal(gpt2_jax.load(run)[1], gpt2_jax.load(run / "huggingface")[1])
     assert "8 steps" in (run / "huggingface" / "README.md").read_text(encoding="utf-8")
+    assert "6 steps" in (run / "huggingface.1" / "README.md").read_text(encoding="utf-8")  # nothing is deleted
     assert not (run / "huggingface.new").exists()
 
 
@@ -105,10 +106,9 @@ def test_another_model_is_refused_by_the_name_of_its_key(tiny: Workshop, tmp_pat
     config = dataclasses.replace(bundle.config, activation="gelu_erf")
     export(dataclasses.replace(bundle, config=config), "huggingface", tmp_path / "source")
     settings = {**SETTINGS, "init_from": tmp_path / "source"}
-    tiny.run_here(tmp_path / "run", settings).says(2, "model.activation=gelu_tanh", "has gelu_erf")
-    settings["model.activation"] = "gelu_erf"
-    tiny.run_here(tmp_path / "run", settings).says(2, "model.bias=True", "has False")
-    settings["model.bias"] = False
+    flags = "--config.model.activation=gelu_erf --config.model.bias=False"
+    tiny.run_here(tmp_path / "run", settings).says(2, "model.activation=gelu_tanh, model.bias=True, but", flags)
+    settings |= {"model.activation": "gelu_erf", "model.bias": False}
     assert tiny.run_here(tmp_path / "run", settings).code == 0
     assert json.loads((tmp_path / "run" / "huggingface" / "config.json").read_text())["activation_function"] == "gelu"
 

@@ -3,11 +3,9 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.exchange.bundle import Bundle
-from gpt2_jax.exchange.gguf_file import GGUF_TYPES, read_gguf, write_gguf
+from gpt2_jax.exchange.gguf_file import GGUF_TYPES, read_gguf, read_merges, write_gguf
 from gpt2_jax.exchange.huggingface import load_huggingface
 from gpt2_jax.exchange.huggingface_write import DTYPES as HUGGINGFACE_DTYPES
 from gpt2_jax.exchange.huggingface_write import write_huggingface
@@ -28,11 +26,11 @@ from gpt2_jax.exchange.nanogpt import read_nanogpt, write_nanogpt
 from gpt2_jax.exchange.npz import DTYPES as NPZ_DTYPES
 from gpt2_jax.exchange.npz import read_npz, write_npz
 from gpt2_jax.exchange.stablehlo import DTYPES as STABLEHLO_DTYPES
-from gpt2_jax.exchange.stablehlo import read_stablehlo, write_stablehlo
+from gpt2_jax.exchange.stablehlo import read_stablehlo, read_tokens, tokenizer_content, write_stablehlo
 from gpt2_jax.model.gpt2 import GPT2, Params
 from gpt2_jax.user_paths import expand_user
 
-# How far a logit may be from the model's, as a share of the largest: what rounding each weight does.
+# How far a logit may be from the model's, as a share of their spread: what rounding each weight does.
 _ROUNDING = {"float32": 0.0, "float16": 0.02, "bfloat16": 0.1, "q8_0": 0.1}
 _PROMPT = "numpy.random.default_rng(0).integers(0, vocab_size, n_positions)"
 _DECIDING = (
@@ -50,46 +48,57 @@ class Format:
       what: in words, for the help.
       dtypes: types that the weights may have, the default first.
       write: writes a bundle into a folder, with weights of the given type.
-      logits: of the files in a folder, `[T, V]`, for T ids.
-      order: share of the largest logit by which they may differ besides the rounding of the weights.
+      logits: `[T, V]` of the files in a folder, for T ids; raises DataError if their tokenizer is not the bundle's.
+      order: share of the spread of the logits by which they may differ besides the rounding of the weights.
     """
 
     what: str
     dtypes: tuple[str, ...]
     write: Callable[[pathlib.Path, Bundle, str], None]
-    logits: Callable[[pathlib.Path, list[int]], np.ndarray]
+    logits: Callable[[pathlib.Path, Bundle, list[int]], np.ndarray]
     order: float = 0.0
 
     def tolerance(self, dtype: str) -> float:
-        """The most by which a logit may differ, as a share of the largest."""
+        """The most by which a logit may differ, as a share of the spread of the logits."""
         return self.order + _ROUNDING[dtype]
 
 
-def _huggingface_logits(folder: pathlib.Path, ids: list[int]) -> np.ndarray:
-    config, params, _ = load_huggingface(folder)
+def _huggingface_logits(folder: pathlib.Path, bundle: Bundle, ids: list[int]) -> np.ndarray:
+    config, params, tokenizer = load_huggingface(folder)
+    _check_same(tokenizer.fingerprint, bundle.tokenizer.fingerprint)
     return _logits(config, params, ids)
 
 
-def _npz_logits(folder: pathlib.Path, ids: list[int]) -> np.ndarray:
-    bundle = read_npz(folder)
-    return _logits(bundle.config, bundle.params, ids)
+def _npz_logits(folder: pathlib.Path, bundle: Bundle, ids: list[int]) -> np.ndarray:
+    found = read_npz(folder)
+    _check_same(found.tokenizer.fingerprint, bundle.tokenizer.fingerprint)
+    return _logits(found.config, found.params, ids)
 
 
-def _nanogpt_logits(folder: pathlib.Path, ids: list[int]) -> np.ndarray:
-    bundle = read_nanogpt(folder)
-    return _logits(bundle.config, bundle.params, ids)
+def _nanogpt_logits(folder: pathlib.Path, bundle: Bundle, ids: list[int]) -> np.ndarray:
+    # A file without meta.pkl has GPT-2's tokenizer, which would have to be found, perhaps downloaded.
+    found = read_nanogpt(folder, gpt2=bundle.tokenizer)
+    _check_same(found.tokenizer.fingerprint, bundle.tokenizer.fingerprint)
+    return _logits(found.config, found.params, ids)
 
 
 def _write_gguf(folder: pathlib.Path, bundle: Bundle, dtype: str) -> None:
     write_gguf(folder / _GGUF, bundle, dtype)
 
 
-def _gguf_logits(folder: pathlib.Path, ids: list[int]) -> np.ndarray:
+def _gguf_logits(folder: pathlib.Path, bundle: Bundle, ids: list[int]) -> np.ndarray:
+    _check_same(read_merges(folder / _GGUF), list(bundle.tokenizer.merges))
     return _logits(*read_gguf(folder / _GGUF), ids)
 
 
-def _stablehlo_logits(folder: pathlib.Path, ids: list[int]) -> np.ndarray:
+def _stablehlo_logits(folder: pathlib.Path, bundle: Bundle, ids: list[int]) -> np.ndarray:
+    _check_same(read_tokens(folder), tokenizer_content(bundle.tokenizer))
     return read_stablehlo(folder)(np.array([ids], np.int32))[0]
+
+
+def _check_same(written: object, wanted: object) -> None:
+    if written != wanted:
+        raise DataError("the tokenizer among the exported files gives other ids; nothing was kept")
 
 
 _GGUF = "model.gguf"
@@ -122,19 +131,24 @@ class Parity:
     Attributes:
       difference: largest absolute difference of a logit.
       allowed: the most that it may be.
-      largest: the largest absolute logit of the model.
+      spread: the largest distance of a logit from the mean of its position.
+      erf_difference: where GELU by erf was accepted in place of tanh: how far that moves a logit, at most. The other
+        numbers are then of the model with erf.
     """
 
     difference: float
     allowed: float
-    largest: float
+    spread: float
+    erf_difference: float | None = None
 
     def __str__(self) -> str:
-        allowed = f"{self.allowed:.3g}" if math.isfinite(self.allowed) else "as erf in place of tanh was accepted"
-        return (
-            f"read back, its logits differ by at most {self.difference:.3g} (allowed {allowed}, "
-            f"largest logit {self.largest:.3g})"
+        text = (
+            f"read back, its logits differ by at most {self.difference:.3g} (allowed {self.allowed:.3g}, "
+            f"they spread over {self.spread:.3g})"
         )
+        if self.erf_difference is None:
+            return text
+        return f"{text}; GELU by erf in place of tanh moves them by up to {self.erf_difference:.3g}"
 
 
 def check_request(form: str, out: str | pathlib.Path, dtype: str) -> None:
@@ -145,11 +159,13 @@ def check_request(form: str, out: str | pathlib.Path, dtype: str) -> None:
         raise UsageError(f"--dtype={dtype}; allowed for {form}: {', '.join(FORMATS[form].dtypes)}")
     folder = expand_user(out)
     try:
-        taken = folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
+        here = folder.resolve() == pathlib.Path.cwd()
+        taken = here or folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir())))
     except OSError as error:
         raise UsageError(f"--out={out}: {error.strerror}; choose another folder") from None
     if taken:
-        raise UsageError(f"--out={out}: there is something already; name a new folder, or an empty one")
+        found = "the folder that you are in" if here else "there is something already"
+        raise UsageError(f"--out={out}: {found}; name a new folder, or an empty one")
 
 
 def import_bundle(form: str, path: str | pathlib.Path) -> Bundle:
@@ -171,8 +187,7 @@ def export(
       form: one of `FORMATS`.
       out: a folder that is not there yet, or empty.
       dtype: type of the weights, one of the format's.
-      accept_erf: write GELU by erf where the model has GPT-2's tanh approximation and the format (nanoGPT's) has not;
-        the parity then says what that changes, and allows it.
+      accept_erf: for nanogpt, which has no other: write GELU by erf where the model has GPT-2's tanh approximation.
 
     Raises:
       UsageError: an unknown format or type, a model that the format cannot express, or `out` is there already or
@@ -180,18 +195,22 @@ def export(
       DataError: the files read back give other logits, by more than the format's tolerance.
     """
     check_request(form, out, dtype)
+    if accept_erf and form != "nanogpt":
+        raise UsageError(f"--accept_erf is for --format=nanogpt; {form} has GPT-2's tanh GELU")
     folder = expand_user(out)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    other = accept_erf and bundle.config.activation != "gelu_erf"
+    written = bundle
+    if other:
+        config = dataclasses.replace(bundle.config, activation="gelu_erf")
+        written = dataclasses.replace(bundle, config=config, facts={**bundle.facts, "trained with GELU": "by tanh"})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UsageError(f"--out={out}: {error.strerror} ({error.filename}); choose another folder") from None
-    try:
-        other = accept_erf and bundle.config.activation != "gelu_erf"
-        config = dataclasses.replace(bundle.config, activation="gelu_erf") if other else bundle.config
-        written = dataclasses.replace(bundle, config=config)
+        temporary.mkdir()
         FORMATS[form].write(temporary, written, dtype)
-        parity = _parity(bundle, form, temporary, math.inf if other else FORMATS[form].tolerance(dtype))
+        parity = _parity(written, form, temporary, dtype)
+        if other:
+            parity = dataclasses.replace(parity, erf_difference=_largest_difference(bundle, written))
         if not parity.difference <= parity.allowed:
             raise DataError(
                 f"the exported files give logits that are off by {parity.difference:.3g} where {parity.allowed:.3g} "
@@ -199,31 +218,44 @@ def export(
             )
         report = {"format": form, "dtype": dtype, "prompt": _PROMPT, **dataclasses.asdict(parity)}
         report["facts"] = dict(bundle.facts)
-        if other:
-            report["allowed"] = "any: GELU by erf was accepted in place of tanh"
         (temporary / "export.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         card = model_card(written, form, dtype)
         (temporary / "README.md").write_text(card, encoding="utf-8", newline="\n")
         for file in temporary.iterdir():
-            file.chmod(0o644)
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-        temporary.chmod(0o755)
         os.replace(temporary, folder)
     except OSError as error:
-        raise UsageError(f"--out={out}: {error.strerror} ({error.filename}); choose another folder") from None
+        reason = f"{error.strerror} ({error.filename})" if error.filename else str(error)
+        raise UsageError(f"--out={out}: {reason}; make room, or choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return parity
 
 
-def _parity(bundle: Bundle, form: str, folder: pathlib.Path, tolerance: float) -> Parity:
+def _parity(bundle: Bundle, form: str, folder: pathlib.Path, dtype: str) -> Parity:
     """The parity of what was written into `folder`."""
     ids = _prompt(bundle.config)
-    ours_TV = _logits(bundle.config, bundle.params, ids)
-    theirs_TV = FORMATS[form].logits(folder, ids)
-    largest = float(np.abs(ours_TV).max())
-    return Parity(float(np.abs(ours_TV - theirs_TV).max()), tolerance * largest, largest)
+    with jax.default_device(_host()):
+        ours_TV = _logits(bundle.config, bundle.params, ids)
+        theirs_TV = FORMATS[form].logits(folder, bundle, ids)
+    # Of the logits less their mean, since adding a number to all of a position says nothing.
+    spread = float(np.abs(ours_TV - ours_TV.mean(axis=-1, keepdims=True)).max())
+    difference = float(np.abs(ours_TV - theirs_TV).max())
+    return Parity(difference, FORMATS[form].tolerance(dtype) * spread, spread)
+
+
+def _largest_difference(one: Bundle, other: Bundle) -> float:
+    one_TV, other_TV = (_logits(bundle.config, bundle.params, _prompt(bundle.config)) for bundle in (one, other))
+    return float(np.abs(one_TV - other_TV).max())
+
+
+def _host() -> jax.Device:
+    """The CPU, where float32 is float32; another device if `JAX_PLATFORMS` leaves that out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def _prompt(config: ModelConfig) -> list[int]:
@@ -236,7 +268,7 @@ def _logits(config: ModelConfig, params: Params, ids: list[int]) -> np.ndarray:
     # What makes no difference here is as in a fresh config, so that one program serves for both sides.
     same = {name: getattr(config, name) for name in _DECIDING}
     config = ModelConfig(**same, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-    logits_1TV = _forward(config, params, jnp.array([ids], jnp.int32))
+    logits_1TV = _forward(config, jax.device_put(params, _host()), jnp.array([ids], jnp.int32))
     return np.asarray(logits_1TV)[0, :, : config.vocab_size]
 
 

@@ -99,6 +99,13 @@ def read_gguf(file: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     return config, params_from_tensors(config, _checked_reader(gguf, reader, config, file))
 
 
+def read_merges(file: pathlib.Path) -> list[str]:
+    """The merges of the tokenizer in a GGUF file that `write_gguf` wrote."""
+    gguf = _library()
+    merges: list[str] = gguf.GGUFReader(file).get_field(gguf.Keys.Tokenizer.MERGES).contents()
+    return merges
+
+
 def _library() -> types.ModuleType:
     try:
         import gguf

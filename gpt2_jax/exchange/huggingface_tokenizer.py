@@ -51,7 +51,8 @@ def _described(folder: pathlib.Path, vocab_size: int) -> Tokenizer:
 def _from_tokenizer_json(file: pathlib.Path) -> Tokenizer:
     content = read_json(file, TOKENIZER_BYTES)
     model = content.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
+    # OpenAI's own file is from before models named their type.
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise DataError(f"{file}: model is not of type BPE; only GPT-2's byte-level BPE can be read")
     for field, allowed in (
         ("dropout", (None, 0)),
@@ -68,8 +69,9 @@ def _from_tokenizer_json(file: pathlib.Path) -> Tokenizer:
     normalization, lowercase = _normalization(file, content.get("normalizer"))
     try:
         lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in _list(model["merges"])]
-        added = {token["content"]: token["id"] for token in _list(content.get("added_tokens") or [])}
-        ids = _numbers({**model["vocab"], **added})
+        added = _list(content.get("added_tokens") or [])
+        ids = _numbers({**model["vocab"], **{token["content"]: token["id"] for token in added}})
+        special = {token["content"] for token in added if token.get("special") is True}
     except (TypeError, KeyError):
         raise DataError(f"{file}: vocab, merges or added_tokens are not as they should be; fetch it again") from None
     cutter = content.get("pre_tokenizer")
@@ -87,6 +89,8 @@ def _from_tokenizer_json(file: pathlib.Path) -> Tokenizer:
     if cutter.get("use_regex") not in (True, None):
         found = shown(cutter["use_regex"])
         raise DataError(f"{file}: pre_tokenizer.use_regex is {found}, GPT-2's is True; {_UNREADABLE}")
+    # Such as padding, added for fine-tuning. Text never becomes one here, so they need no tokenizer.
+    ids = {token: number for token, number in ids.items() if token not in special or number <= 256 + len(lines)}
     return _checked(file, lines, ids, normalization, lowercase)
 
 

@@ -1,11 +1,13 @@
 """Writing a model as transformers' `save_pretrained` does: config.json, safetensors, tokenizer files."""
 
+import errno
 import json
 import pathlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from gpt2_jax.errors import UsageError
@@ -14,6 +16,7 @@ from gpt2_jax.exchange.huggingface_config import config_fields
 from gpt2_jax.exchange.names import tensors_from_params
 from gpt2_jax.exchange.tokenizer_json import write_tokenizer
 
+_WEIGHTS = "model.safetensors"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -28,7 +31,10 @@ def write_huggingface(folder: pathlib.Path, bundle: Bundle, dtype: str = "float3
         for tensor, value in tensors_from_params(config, bundle.params, always_biases=True)
     }
     # safetensors 0.8.0 scrambles arrays that are not C-contiguous; these are, by `tensors_from_params`.
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how the library tells a full disk
+        raise OSError(errno.EIO, str(error), str(folder / _WEIGHTS)) from None
     end_of_text = bundle.tokenizer.end_of_text
     _write_json(folder / "config.json", config_fields(config, end_of_text, dtype))
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}

@@ -63,7 +63,8 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER", gguf_file="model.gguf")
     python THIS_FOLDER/run.py --prompt 'Once upon a time'
 
 `forward`, `prefill` and `decode` are StableHLO programs for any batch and length, on CPU, CUDA and TPU; `model.json`
-says how they are called, `run.py` shows it.""",
+says how they are called and which JAX wrote them, `run.py` shows it. JAX promises that its later versions read such
+programs for half a year; `npz` or a Hugging Face folder last longer.""",
 }
 
 
@@ -88,6 +89,8 @@ def model_card(bundle: Bundle, form: str, dtype: str) -> str:
         rows["text is first"] = " and ".join(steps + ["lower-cased"] * tokenizer.lowercase)
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     notes = ["`export.json` says how far the logits of these files are from those of the model they were made of."]
+    if tokenizer.normalization != "none":
+        notes.append("Hugging Face's library normalizes characters up to Unicode 9; later ones stay as they are there.")
     if tokenizer.end_of_text is None:
         notes.append("The tokenizer knows its characters and no others: transformers leaves out what is unknown.")
     else:

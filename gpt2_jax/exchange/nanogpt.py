@@ -52,7 +52,7 @@ _OPTIONS = {"bias": True, "dropout": 0.0}
 _LARGEST = 2**31 - 1
 
 
-def read_nanogpt(path: pathlib.Path) -> Bundle:
+def read_nanogpt(path: pathlib.Path, gpt2: Tokenizer | None = None) -> Bundle:
     """The model in nanoGPT's `ckpt.pt`; of its training, the number of steps and the best loss.
 
     The activation is read as `gelu_erf`, which nanoGPT computes today, also for early files, which were trained with
@@ -60,6 +60,7 @@ def read_nanogpt(path: pathlib.Path) -> Bundle:
 
     Args:
       path: the file, or the folder with it. A model of characters needs `meta.pkl` of nanoGPT's data beside the file.
+      gpt2: the tokenizer of other models; default: GPT-2's, from where `make_tokenizer` finds it.
 
     Raises:
       DataError: a file is missing, damaged, asks for code, or holds another model; names the file and the place.
@@ -73,7 +74,7 @@ def read_nanogpt(path: pathlib.Path) -> Bundle:
             raise DataError(f"{file}: no dicts model and model_args in it; only what nanoGPT's train.py saves is read")
         config = _config(file, checkpoint["model_args"])
         facts = _facts(opened, checkpoint)
-        tokenizer = _tokenizer(file, config.vocab_size)
+        tokenizer = _tokenizer(file, config.vocab_size, gpt2)
         stored = _weights(opened, checkpoint["model"], config)
 
         def read(name: str) -> np.ndarray:
@@ -184,12 +185,12 @@ def _facts(opened: TorchFile, checkpoint: Mapping[str | int, Any]) -> dict[str, 
     return facts
 
 
-def _tokenizer(file: pathlib.Path, vocab_size: int) -> Tokenizer:
+def _tokenizer(file: pathlib.Path, vocab_size: int, gpt2: Tokenizer | None) -> Tokenizer:
     meta = file.with_name(_META)
     if meta.is_file():
         return _characters(meta, vocab_size)
     if vocab_size in _GPT2_VOCAB_SIZES:
-        return make_tokenizer("gpt2")
+        return gpt2 or make_tokenizer("gpt2")
     raise DataError(
         f"{file}: the vocabulary of {vocab_size} is not GPT-2's, and no {_META} says what it is; copy {_META} from "
         f"nanoGPT's data folder beside {_FILE}"

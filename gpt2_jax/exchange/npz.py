@@ -14,7 +14,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -45,18 +45,22 @@ def write_npz(folder: pathlib.Path, bundle: Bundle, dtype: str = "float32") -> N
     Raises UsageError for a type that cannot hold a weight.
     """
     config = bundle.config
-    arrays = {
+    arrays: dict[str, Any] = {
         tensor.name: as_stored(tensor.name, value, dtype)
         for tensor, value in tensors_from_params(config, bundle.params)
     }
-    np.savez(folder / _FILE, allow_pickle=False, **arrays)
+    np.savez(folder / _FILE, **arrays)
     fields = config_fields(config, bundle.tokenizer.end_of_text, dtype)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(folder, bundle.tokenizer, config.n_positions)
 
 
 def read_npz(folder: pathlib.Path) -> Bundle:
-    """The model that `write_npz` wrote. Raises DataError, naming file and field, for anything else."""
+    """The model that `write_npz` wrote into `folder`, which may also be named by the archive in it.
+
+    Raises DataError, naming file and field, for anything else.
+    """
+    folder = folder.parent if folder.is_file() else folder
     config = read_config(folder / "config.json")
     tokenizer = read_tokenizer(folder, config.vocab_size)
     file = folder / _FILE

@@ -24,6 +24,7 @@ from jax import export
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.exchange.bundle import Bundle
+from gpt2_jax.exchange.huggingface_write import as_stored
 from gpt2_jax.exchange.names import tensors_from_params
 from gpt2_jax.model.attention import attention_weights
 from gpt2_jax.model.layers import LayerNorm
@@ -56,27 +57,24 @@ def write_stablehlo(folder: pathlib.Path, bundle: Bundle, dtype: str = "float32"
       dtype: float32 or float16, of the weights and the matrix products.
 
     Raises:
-      UsageError: another dtype, or flatbuffers is not installed.
-      DataError: a weight is too large for float16.
+      UsageError: another dtype, a weight that is too large for float16, or flatbuffers is not installed.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype={dtype}: not for StableHLO, whose weights are NumPy's; allowed: {', '.join(DTYPES)}")
     if importlib.util.find_spec("flatbuffers") is None:
         raise UsageError("StableHLO needs the package flatbuffers: pip install 'gpt2-jax[stablehlo]'")
     config = dataclasses.replace(bundle.config, dtype=dtype)
-    weights = {}
-    for tensor, values in tensors_from_params(config, bundle.params):
-        with np.errstate(over="ignore"):
-            weights[tensor.name] = values.astype(dtype)
-        if np.isinf(weights[tensor.name]).any() and np.isfinite(values).all():
-            raise DataError(f"{tensor.name} has values beyond the range of {dtype}; choose dtype=float32")
+    weights: dict[str, Any] = {
+        tensor.name: as_stored(tensor.name, value, dtype)
+        for tensor, value in tensors_from_params(config, bundle.params)
+    }
     for name, program in _programs(config, weights).items():
         (folder / f"{name}.stablehlo").write_bytes(program.serialize())
-    np.savez(folder / "weights.npz", allow_pickle=False, **weights)
+    np.savez(folder / "weights.npz", **weights)
     tokenizer = bundle.tokenizer
     if tokenizer.merges:  # for other programs; the runner has the order of merges from the ids
         (folder / "merges.txt").write_text(merges_to_text(tokenizer.merges), encoding="utf-8", newline="\n")
-    _write_json(folder / "tokenizer.json", tokenizer_content(tokenizer))
+    _write_json(folder / "tokens.json", tokenizer_content(tokenizer))
     runner = importlib.resources.files("gpt2_jax.exchange").joinpath("stablehlo_runner.py")
     (folder / "run.py").write_bytes(runner.read_bytes())
     shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size", "layer_norm_epsilon", "activation", "bias")
@@ -111,6 +109,11 @@ def read_stablehlo(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
         raise DataError(f"{folder}: no complete export to StableHLO ({error}); export again") from None
     call = jax.jit(program.call)
     return lambda tokens_BT: np.asarray(call(weights, np.asarray(tokens_BT, np.int32)))
+
+
+def read_tokens(folder: pathlib.Path) -> Any:
+    """What `tokenizer_content` gave, from a written folder."""
+    return json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
 
 
 def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:

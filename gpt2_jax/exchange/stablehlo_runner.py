@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=20, help="1 or more")
     args = parser.parse_args()
     model = json.loads((FOLDER / "model.json").read_text(encoding="utf-8"))
-    tokenizer = json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((FOLDER / "tokens.json").read_text(encoding="utf-8"))
     end, context, vocab_size = model["end_of_text"], model["context"], model["tokenizer_vocab_size"]
     try:
         if args.max_new_tokens < 1:

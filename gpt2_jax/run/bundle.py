@@ -1,5 +1,6 @@
 """A model folder as what is exported: the model, its tokenizer, and what a reader should know of its training."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -19,21 +20,24 @@ def load_bundle(folder: str | pathlib.Path, step: int | None = None) -> Bundle:
     if is_huggingface(folder):
         config, params, tokenizer = load(folder, step)
         return Bundle(config.model, params, tokenizer, {"made from": f"{folder.resolve().name}, by gpt2_jax"})
+    step = saved_step(folder, step)  # first, since a training that is under way may save a better one
     config, params, tokenizer = load(folder, step)
-    return Bundle(config.model, params, tokenizer, training_facts(config, folder, saved_step(folder, step)))
+    return Bundle(config.model, params, tokenizer, training_facts(config, folder, step))
 
 
 def export_best(folder: pathlib.Path, config: RunConfig) -> pathlib.Path:
     """The Hugging Face folder in the run `folder`, written anew unless it is of the best save already.
 
-    Raises like `load` and `export`.
+    One that is of another save is kept under a number. Raises like `load` and `export`.
     """
     out = folder / "huggingface"
     if not _is_of(out, training_facts(config, folder, saved_step(folder))):
         new = folder / "huggingface.new"
         shutil.rmtree(new, ignore_errors=True)
         export(load_bundle(folder), "huggingface", new)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            numbered = (folder / f"huggingface.{number}" for number in itertools.count(1))
+            out.rename(next(free for free in numbered if not free.exists()))
         new.rename(out)
     return out
 

@@ -33,6 +33,7 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
       UsageError: a step is asked for where there are none.
     """
     folder = expand_user(folder)
+    _check_is_no_other_format(folder)
     if is_huggingface(folder):
         if step is not None:
             raise UsageError(f"{folder} is a Hugging Face folder, which has no steps; step {step} was asked for")
@@ -40,8 +41,7 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
         return _as_run_config(model, tokenizer), params, tokenizer
     config = read_config(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    if not (folder / "checkpoints").is_dir():
-        raise DataError(f"{folder} has no checkpoints yet")
+    _check_has_checkpoints(folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         found = _choose(checkpoints, step, folder)
         shapes = jax.eval_shape(lambda: init_params(GPT2(config.model), jax.random.key(0)))
@@ -51,6 +51,7 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
 def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
     """Config and tokenizer as `load` gives them, without the parameters. Raises like it."""
     folder = expand_user(folder)
+    _check_is_no_other_format(folder)
     if is_huggingface(folder):
         model = read_huggingface_config(folder / "config.json")
         tokenizer = read_tokenizer(folder, model.vocab_size)
@@ -60,6 +61,8 @@ def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
 
 def saved_step(folder: pathlib.Path, step: int | None = None) -> int:
     """The step that `load` takes from a run folder. Raises DataError where there is none."""
+    read_config(folder)
+    _check_has_checkpoints(folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         return _choose(checkpoints, step, folder)
 
@@ -67,6 +70,20 @@ def saved_step(folder: pathlib.Path, step: int | None = None) -> int:
 def _as_run_config(model: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
     settings = TokenizerConfig(tokenizer.name, "", tokenizer.normalization, tokenizer.lowercase)
     return RunConfig(model=model, tokenizer=settings)
+
+
+def _check_has_checkpoints(folder: pathlib.Path) -> None:
+    if not (folder / "checkpoints").is_dir():
+        raise DataError(f"{folder} has no checkpoints yet")
+
+
+def _check_is_no_other_format(folder: pathlib.Path) -> None:
+    for name, form in {"model.npz": "npz", "ckpt.pt": "nanogpt"}.items():
+        if (folder / name).is_file() and not list(folder.glob("*.safetensors*")):
+            raise DataError(
+                f"{folder}: {name} is not read as it is; make a Hugging Face folder of it: "
+                f"gpt2-jax import --from {form} --model {folder} --out DIR"
+            )
 
 
 def _choose(checkpoints: Checkpoints, step: int | None, folder: pathlib.Path) -> int:

@@ -6,6 +6,7 @@ import pathlib
 import jax
 
 from gpt2_jax.config import RunConfig
+from gpt2_jax.config_file import values_by_key
 from gpt2_jax.data.batches import EvaluationBatches, TrainBatches
 from gpt2_jax.data.prepare import ensure_prepared
 from gpt2_jax.data.token_store import TokenStore, open_token_store
@@ -18,10 +19,10 @@ from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.user_paths import cache_folder, expand_user
 
 _MODEL_KEYS = (
-    *("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"),
-    *("activation", "bias", "layer_norm_epsilon"),
+    *("model.n_layer", "model.n_head", "model.n_embd", "model.n_positions", "model.vocab_size"),
+    *("model.activation", "model.bias", "model.layer_norm_epsilon"),
 )
-_TOKENIZER_KEYS = ("name", "normalization", "lowercase")
+_TOKENIZER_KEYS = ("tokenizer.name", "tokenizer.normalization", "tokenizer.lowercase")
 
 
 def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
@@ -105,11 +106,11 @@ def _configured_store(config: RunConfig) -> TokenStore:
         cache_dir=config.data.cache_dir or cache_folder("tokens"),
     )
     for key in _TOKENIZER_KEYS:  # a store that was prepared apart
-        wanted, found = getattr(config.tokenizer, key), getattr(store.tokenizer, key)
+        wanted, found = values_by_key(config)[key], getattr(store.tokenizer, key.removeprefix("tokenizer."))
         if wanted != found:
             raise DataError(
-                f"{store.folder} was made with tokenizer.{key}={found}, the config has tokenizer.{key}={wanted}; "
-                f"give --config.tokenizer.{key}={found}, or prepare the text again"
+                f"{store.folder} was made with {key}={found}, the config has {key}={wanted}; "
+                f"give --config.{key}={found}, or prepare the text again"
             )
     return store
 
@@ -146,13 +147,16 @@ def _source_settings(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
 
 def check_same_model(config: RunConfig, source: RunConfig) -> None:
     """Raises UsageError when the parameters of `init_from` do not fit the config's model or tokenizer."""
-    for section, keys in (("model", _MODEL_KEYS), ("tokenizer", _TOKENIZER_KEYS)):
-        for key in keys:
-            wanted, found = getattr(getattr(config, section), key), getattr(getattr(source, section), key)
-            if wanted != found and not (key == "vocab_size" and wanted == 0):  # 0: not filled in yet
-                raise UsageError(
-                    f"{section}.{key}={wanted}, but init_from={config.init_from} has {found}; set it to {found}"
-                )
+    wanted, found = values_by_key(config), values_by_key(source)
+    differ = [key for key in (*_MODEL_KEYS, *_TOKENIZER_KEYS) if wanted[key] != found[key]]
+    if wanted["model.vocab_size"] == 0:  # not filled in yet
+        differ = [key for key in differ if key != "model.vocab_size"]
+    if differ:
+        raise UsageError(
+            f"{', '.join(f'{key}={wanted[key]}' for key in differ)}, but init_from={config.init_from} has "
+            f"{', '.join(str(found[key]) for key in differ)}; give "
+            f"{' '.join(f'--config.{key}={found[key]}' for key in differ)}"
+        )
 
 
 def _own_rows(batch_size: int) -> slice:

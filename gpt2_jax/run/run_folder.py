@@ -3,7 +3,7 @@
 config.json       the resolved config           metrics.jsonl   one line per report
 run.json          data and versions             samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
-checkpoints/      one folder per saved step
+checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
 """
 
 import importlib.metadata

@@ -61,6 +61,32 @@ def test_ids_are_those_of_the_library(folder: pathlib.Path) -> None:
     assert len(ours.encode("the cat")) < 5  # merges are used
 
 
+def test_a_file_from_before_models_had_types(folder: pathlib.Path) -> None:
+    """As OpenAI's folder on the hub has: no type, no newer fields, merges as strings."""
+    want = read_tokenizer(folder, 1000).fingerprint
+
+    def older(content: dict[str, Any]) -> None:
+        for field in ("type", "byte_fallback", "ignore_merges"):
+            content["model"].pop(field, None)
+        content["pre_tokenizer"].pop("use_regex", None)
+        content["model"].update(merges=[" ".join(pair) for pair in content["model"]["merges"]])
+        content["model"].update(continuing_subword_prefix="", end_of_word_suffix="")
+        content["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+
+    edit(older)(folder)
+    assert tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the cat").ids
+    assert read_tokenizer(folder, 1000).fingerprint == want
+
+
+def test_special_tokens_that_were_added(folder: pathlib.Path) -> None:
+    """Such as padding: no text becomes one here, so the other ids are as they were."""
+    want = read_tokenizer(folder, 1000)
+    edit(lambda content: content["added_tokens"].append(ADDED))(folder)
+    got = read_tokenizer(folder, 1000)
+    assert got.fingerprint == want.fingerprint
+    assert got.encode("the <pad>").tolist() == want.encode("the <pad>").tolist()
+
+
 def test_merges_that_do_not_make_their_tokens(tmp_path: pathlib.Path) -> None:
     """The library never joins "ab" and "c", since "bc" comes first; whoever looks up "abc" as a token would."""
     merges = ["b c", "a b", "ab c"]
@@ -163,7 +189,8 @@ ADDED = {"id": 317, "content": "<pad>", "special": True}
         (lambda c: c.update(post_processor={"type": "BertProcessing"}), ["post_processor"]),
         (lambda c: c["model"].update(dropout=0.1), ["dropout"]),
         (lambda c: c["model"].update(ignore_merges=True), ["ignore_merges"]),
-        (lambda c: c["added_tokens"].append(ADDED), ["'<pad>'"]),
+        (lambda c: c["added_tokens"].append({**ADDED, "special": False}), ["'<pad>'"]),
+        (lambda c: c["added_tokens"].append({**ADDED, "id": 5}), ["'<pad>'"]),
         (swap_ids, ["token '!' has id 1", "it is 0"]),
         (lambda c: c["model"]["merges"].pop(), ["token", "neither a byte"]),
         (lambda c: c["model"]["merges"].reverse(), ["token"]),

@@ -425,9 +425,10 @@ def test_the_other_activation_is_measured_where_it_is_accepted(tmp_path: pathlib
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, POSITIONS), np.int32)
     by_tanh, by_erf = (GPT2(config).apply({"params": tanh.params}, tokens) for config in (tanh.config, CONFIG))
     difference = float(np.abs(by_tanh - by_erf).max())
-    assert parity.difference == pytest.approx(difference, rel=0.05)
-    assert parity.difference > 1e-5
-    assert "erf" in report["allowed"]
+    assert parity.difference == 0
+    assert report["erf_difference"] == parity.erf_difference == pytest.approx(difference, rel=0.05)
+    assert parity.erf_difference > 1e-5
+    assert "| trained with GELU | by tanh |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_weight_that_its_type_cannot_hold(tmp_path: pathlib.Path) -> None:

@@ -58,7 +58,7 @@ def write(goldens: Mapping[str, Golden], file: pathlib.Path = FILE) -> None:
         arrays[f"{case}/losses"] = golden.losses
         arrays[f"{case}/names"] = np.array(list(golden.gradients))
         arrays[f"{case}/gradients"] = np.array(list(golden.gradients.values()), np.float32)
-    np.savez_compressed(file, allow_pickle=False, **arrays)
+    np.savez_compressed(file, **arrays)
 
 
 def read(case: str) -> Golden:
