@@ -268,6 +268,7 @@ def test_other_data_do_not_touch_a_run_but_the_same_elsewhere_are_fine(
     assert moved.code == 0, moved.err
 
 
+@pytest.mark.slow
 def test_a_vocabulary_chosen_once_stays(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     settings = {"train.steps": 2, "train.eval_every": 0, "checkpoint.every": 1, "optimizer.warmup_steps": 1}
     assert tiny.run_here(tmp_path / "run", {**settings, "model.vocab_size": 600}).code == 0
@@ -298,7 +299,7 @@ def test_init_from_starts_where_the_other_run_ended(
     assert config.optimizer.learning_rate != OptimizerConfig().learning_rate
 
 
-@pytest.mark.parametrize("tokenizer", ["chars", "bpe:30"])
+@pytest.mark.parametrize("tokenizer", [pytest.param("chars", marks=pytest.mark.slow), "bpe:30"])
 def test_other_text_is_tuned_on_with_the_learned_tokenizer(
     tiny: Workshop, tmp_path: pathlib.Path, tokenizer: str
 ) -> None:

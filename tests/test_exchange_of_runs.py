@@ -54,12 +54,15 @@ def test_a_run_ends_with_its_best_parameters_for_others(tiny: Workshop, tmp_path
     assert not (run / "huggingface.new").exists()
 
 
+@pytest.mark.slow
 def test_no_export_where_none_is_wanted(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     assert tiny.run_here(tmp_path / "run", {**SETTINGS, "checkpoint.export_best": False}).code == 0
     assert not (tmp_path / "run" / "huggingface").exists()
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe:30"])
+@pytest.mark.parametrize(
+    "tokenizer", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("bytes", "chars")), "bpe:30"]
+)
 def test_training_starts_from_a_huggingface_folder(tiny: Workshop, tmp_path: pathlib.Path, tokenizer: str) -> None:
     settings = {**SETTINGS, "tokenizer.name": tokenizer, "optimizer.ema_decay": 0.0}
     assert tiny.run_here(tmp_path / "first", settings).code == 0
@@ -89,6 +92,7 @@ def test_positions_beyond_a_shorter_context_stay(tiny: Workshop, tmp_path: pathl
     assert (tuned[:8] != table[:8]).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_the_vocabulary_of_a_source_that_has_more_ids_than_its_tokenizer(
     tiny: Workshop, tmp_path: pathlib.Path
 ) -> None:
@@ -99,6 +103,7 @@ def test_the_vocabulary_of_a_source_that_has_more_ids_than_its_tokenizer(
     assert gpt2_jax.load(tmp_path / "second")[0].model.vocab_size == 300
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_by_the_name_of_its_key(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     assert tiny.run_here(tmp_path / "first", {**SETTINGS, "model.bias": False}).code == 0
     bundle = load_bundle(tmp_path / "first")

@@ -59,8 +59,16 @@ def one_device() -> dict[bool, tuple[TrainState, TrainState, list[float]]]:
     return {frugal: train(mesh_of(1, 1, 1), settings(frugal=frugal)) for frugal in (False, True)}
 
 
+QUICK = {((8, 1, 1), False), ((2, 2, 2), False), ((2, 2, 1), True)}
+
+
 @pytest.mark.parametrize(
-    ("shape", "frugal"), [*((shape, False) for shape in MESHES), ((2, 2, 1), True), ((1, 2, 2), True)], ids=str
+    ("shape", "frugal"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in [*((shape, False) for shape in MESHES), ((2, 2, 1), True), ((1, 2, 2), True)]
+    ],
+    ids=str,
 )
 def test_numbers_do_not_depend_on_the_mesh(shape: tuple[int, int, int], frugal: bool, one_device: dict) -> None:
     start, final, losses = train(mesh_of(*shape), settings(frugal=frugal))

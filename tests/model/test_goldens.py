@@ -23,7 +23,12 @@ from goldens.stored import Golden
 Pair = tuple[Ours, Golden]
 
 
-@pytest.fixture(scope="module", params=REDUCED)
+SLOW = {"355M", "774M"}  # between the smallest and the largest
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in REDUCED]
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Of one case: this package, and what transformers gave."""
     return Ours(REDUCED[request.param], tmp_path_factory.mktemp("tokens")), stored.read(request.param)

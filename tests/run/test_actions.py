@@ -25,7 +25,14 @@ CONFIG = RunConfig(
 MODEL = GPT2(CONFIG.model)
 
 
-@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param({"data": 1}, marks=pytest.mark.slow),
+        pytest.param({"data": 4}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+)
 def test_samples_come_from_the_averaged_parameters(tmp_path: pathlib.Path, axes: dict[str, int]) -> None:
     mesh = make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
     optimizer = make_optimizer(OptimizerConfig(), 200)
