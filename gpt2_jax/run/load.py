@@ -61,7 +61,7 @@ def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
 
 def saved_step(folder: pathlib.Path, step: int | None = None) -> int:
     """The step that `load` takes from a run folder. Raises DataError where there is none."""
-    read_config(folder)
+    load_settings(folder)  # which says what is wrong, if it is no run
     _check_has_checkpoints(folder)
     with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         return _choose(checkpoints, step, folder)

@@ -27,6 +27,7 @@ from gpt2_jax.exchange.bundle import Bundle
 from gpt2_jax.exchange.export import FORMATS, Parity, export, import_bundle
 from gpt2_jax.exchange.tokenizer_json import write_tokenizer
 from gpt2_jax.model.gpt2 import GPT2, init_params
+from gpt2_jax.run.bundle import load_bundle
 from gpt2_jax.tokenizer import Tokenizer, tokenizer_from_characters, tokenizer_from_merges
 
 MERGES = ["h e", "l l", "he ll"]
@@ -416,6 +417,7 @@ def test_erf_is_accepted_for_nanogpt_only(tmp_path: pathlib.Path) -> None:
 def test_a_folder_that_must_be_imported_first(tmp_path: pathlib.Path, form: str, file: str) -> None:
     bundle = characters(activation="gelu_erf") if form == "nanogpt" else byte_pairs()
     export(bundle, form, tmp_path / "out")
-    with pytest.raises(DataError, match=f"{file} is not read as it is.*gpt2-jax import --from {form} --model"):
-        gpt2_jax.load(tmp_path / "out")
+    for load in (gpt2_jax.load, load_bundle):
+        with pytest.raises(DataError, match=f"{file} is not read as it is.*gpt2-jax import --from {form} --model"):
+            load(tmp_path / "out")
     assert_identical(import_bundle(form, tmp_path / "out" / file).params, bundle.params)
