@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -11,7 +13,6 @@ from gpt2_jax.exchange.huggingface import is_huggingface, load_huggingface
 from gpt2_jax.exchange.huggingface_config import read_config as read_huggingface_config
 from gpt2_jax.exchange.huggingface_tokenizer import read_tokenizer
 from gpt2_jax.model.gpt2 import GPT2, Params, init_params
-from gpt2_jax.run.checkpoint import Checkpoints, abstract_on_one_device
 from gpt2_jax.run.run_folder import read_config
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 from gpt2_jax.user_paths import expand_user
@@ -39,10 +40,10 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
             raise UsageError(f"{folder} is a Hugging Face folder, which has no steps; step {step} was asked for")
         model, params, tokenizer = load_huggingface(folder)
         return _as_run_config(model, tokenizer), params, tokenizer
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    _check_has_checkpoints(folder)
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+    config, tokenizer = load_settings(folder)
+    with _checkpoints(folder) as checkpoints:
+        from gpt2_jax.run.checkpoint import abstract_on_one_device
+
         found = _choose(checkpoints, step, folder)
         shapes = jax.eval_shape(lambda: init_params(GPT2(config.model), jax.random.key(0)))
         return config, checkpoints.restore_params(found, abstract_on_one_device(shapes)), tokenizer
@@ -62,8 +63,7 @@ def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
 def saved_step(folder: pathlib.Path, step: int | None = None) -> int:
     """The step that `load` takes from a run folder. Raises DataError where there is none."""
     load_settings(folder)  # which says what is wrong, if it is no run
-    _check_has_checkpoints(folder)
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+    with _checkpoints(folder) as checkpoints:
         return _choose(checkpoints, step, folder)
 
 
@@ -72,9 +72,15 @@ def _as_run_config(model: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
     return RunConfig(model=model, tokenizer=settings)
 
 
-def _check_has_checkpoints(folder: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _checkpoints(folder: pathlib.Path) -> Iterator[Any]:
     if not (folder / "checkpoints").is_dir():
         raise DataError(f"{folder} has no checkpoints yet")
+    # Orbax takes a third of a second to import, and Hugging Face folders do without it.
+    from gpt2_jax.run.checkpoint import Checkpoints
+
+    with contextlib.closing(Checkpoints(folder / "checkpoints")) as opened:
+        yield opened
 
 
 def _check_is_no_other_format(folder: pathlib.Path) -> None:
@@ -86,7 +92,7 @@ def _check_is_no_other_format(folder: pathlib.Path) -> None:
             )
 
 
-def _choose(checkpoints: Checkpoints, step: int | None, folder: pathlib.Path) -> int:
+def _choose(checkpoints: Any, step: int | None, folder: pathlib.Path) -> int:
     found = checkpoints.best_step() if step is None else step
     if found is None or found not in checkpoints.steps():
         raise DataError(f"{folder} has no checkpoint of step {found}; saved: {checkpoints.steps() or 'none'}")
