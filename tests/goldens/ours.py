@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from goldens.cases import OPTIMIZER, STEPS, Case, token_stream, weight
+from goldens.cases import STEPS, Case, token_stream, weight
 
 from gpt2_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gpt2_jax.data.token_store import Shard, TokenStream
@@ -25,14 +25,14 @@ from gpt2_jax.training.train_state import sharded_state
 
 
 class Ours:
-    """The model of a case with its weights, trained for `steps` on its batches; `folder` takes the tokens."""
+    """The model of a case with its weights, trained on its batches; `folder` takes the tokens."""
 
-    def __init__(self, case: Case, folder: pathlib.Path, steps: int = STEPS) -> None:
+    def __init__(self, case: Case, folder: pathlib.Path) -> None:
         model = ModelConfig(**case.model, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
         self.config = RunConfig(
             model=model,
-            optimizer=OptimizerConfig(**OPTIMIZER),
-            train=TrainConfig(steps=steps, batch_size=case.batch_size, context_length=case.length),
+            optimizer=OptimizerConfig(**case.optimizer),
+            train=TrainConfig(steps=STEPS, batch_size=case.batch_size, context_length=case.length),
         )
         shapes = {tensor.name: tensor.shape for tensor in tensors(model)}
         self._params = params_from_tensors(model, lambda name: weight(case, name, shapes[name]))

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import torch
 import transformers
-from goldens.cases import OPTIMIZER, STEPS, Case, token_stream, weight, without_key_bias
+from goldens.cases import STEPS, Case, token_stream, weight, without_key_bias
 from goldens.stored import Golden, chosen, sketch
 
 
@@ -22,6 +22,7 @@ class Theirs:
             **{"bos_token_id": 0, "eos_token_id": 0},
             attn_implementation=attention,
         )
+        self._case = case
         self._model = transformers.GPT2LMHeadModel(config).train()
         assert self._model.config._attn_implementation == attention
         # A tied parameter is named once, so the output head is the token table here.
@@ -58,16 +59,17 @@ class Theirs:
         first = [self.loss]  # while the weights are the first ones
         matrices = [parameter for parameter in self._parameters.values() if parameter.ndim == 2]
         vectors = [parameter for parameter in self._parameters.values() if parameter.ndim == 1]
+        settings = self._case.optimizer
         optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
-            lr=OPTIMIZER["learning_rate"],
-            betas=(OPTIMIZER["b1"], OPTIMIZER["b2"]),
-            eps=OPTIMIZER["eps"],
+            [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings["learning_rate"],
+            betas=(settings["b1"], settings["b2"]),
+            eps=settings["eps"],
         )
         losses = []
         for rows in self._batches:
             losses.append(self._backward(rows)[1])
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), OPTIMIZER["clip_norm"])
+            torch.nn.utils.clip_grad_norm_(self._model.parameters(), settings["clip_norm"])
             optimizer.step()
         assert losses[:1] == first
         return losses

@@ -88,8 +88,9 @@ def test_goldens_are_theirs(sides: Sides) -> None:
 def test_full_124m(tmp_path: pathlib.Path) -> None:
     """All of the published width, vocabulary and positions."""
     theirs = Theirs(FULL_124M)
-    ours = Ours(FULL_124M, tmp_path, steps=1)
+    ours = Ours(FULL_124M, tmp_path)
     assert 0.8 < theirs.logits.std() < 1.25
     np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=LOGITS)
     assert ours.losses[0] == pytest.approx(theirs.loss, rel=0, abs=LOSS)
     assert_same_gradients(ours.gradients, theirs.gradients)
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=0, atol=LOSSES)
