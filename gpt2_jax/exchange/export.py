@@ -45,14 +45,12 @@ class Format:
     """One format.
 
     Attributes:
-      what: in words, for the help.
       dtypes: types that the weights may have, the default first.
       write: writes a bundle into a folder, with weights of the given type.
       logits: `[T, V]` of the files in a folder, for T ids; raises DataError if their tokenizer is not the bundle's.
       order: share of the spread of the logits by which they may differ besides the rounding of the weights.
     """
 
-    what: str
     dtypes: tuple[str, ...]
     write: Callable[[pathlib.Path, Bundle, str], None]
     logits: Callable[[pathlib.Path, Bundle, list[int]], np.ndarray]
@@ -103,22 +101,11 @@ def _check_same(written: object, wanted: object) -> None:
 
 _GGUF = "model.gguf"
 FORMATS = {
-    "huggingface": Format(
-        "a Hugging Face GPT-2 folder, for transformers",
-        tuple(HUGGINGFACE_DTYPES),
-        write_huggingface,
-        _huggingface_logits,
-    ),
-    "npz": Format("a NumPy archive with flat names", NPZ_DTYPES, write_npz, _npz_logits),
-    "nanogpt": Format("nanoGPT's ckpt.pt", NANOGPT_DTYPES, write_nanogpt, _nanogpt_logits),
-    "gguf": Format("one file with its tokenizer, for llama.cpp", GGUF_TYPES, _write_gguf, _gguf_logits),
-    "stablehlo": Format(
-        "compiled-once programs with a runner that needs only JAX",
-        STABLEHLO_DTYPES,
-        write_stablehlo,
-        _stablehlo_logits,
-        _OTHER_PROGRAM,
-    ),
+    "huggingface": Format(tuple(HUGGINGFACE_DTYPES), write_huggingface, _huggingface_logits),
+    "npz": Format(NPZ_DTYPES, write_npz, _npz_logits),
+    "nanogpt": Format(NANOGPT_DTYPES, write_nanogpt, _nanogpt_logits),
+    "gguf": Format(GGUF_TYPES, _write_gguf, _gguf_logits),
+    "stablehlo": Format(STABLEHLO_DTYPES, write_stablehlo, _stablehlo_logits, _OTHER_PROGRAM),
 }
 # Formats that are read into a Hugging Face folder.
 IMPORTS: dict[str, Callable[[pathlib.Path], Bundle]] = {"npz": read_npz, "nanogpt": read_nanogpt}
