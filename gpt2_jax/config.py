@@ -65,6 +65,12 @@ class ModelConfig(_Section):
         "type of the matrix products; parameters stay float32 (float64 wants JAX_ENABLE_X64)",
         choices=("float32", "bfloat16", "float16", "float64"),
     )
+    attention: str = _key(
+        "auto",
+        "how training computes attention: cuDNN (NVIDIA) or splash attention (TPU), fused kernels, or XLA; auto: the "
+        "kernel where it can run (16 bits, no attn_pdrop)",
+        choices=("auto", "xla", "cudnn", "splash"),
+    )
     remat: str = _key(
         "none",
         "what the backward pass recomputes: nothing, all but matrix products, each block",
@@ -218,13 +224,16 @@ class CheckpointConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(_Section):
-    """Devices per axis; their product is the number of devices."""
+    """Devices per axis; their product, with dcn_data, is the number of devices."""
 
     section = "mesh."
 
     data: int = _key(-1, "devices that split the batch; -1: all that the other axes leave", low=-1)
     fsdp: int = _key(1, "devices that split the batch, the parameters and the optimizer state", low=-1)
-    tensor: int = _key(1, "devices that split heads, MLP and vocabulary", low=-1)
+    tensor: int = _key(1, "devices that split heads, MLP, vocabulary, and activations along the context", low=-1)
+    dcn_data: int = _key(
+        1, "slices (TPU pods joined by a slower network) that split the batch; the other axes count within one", low=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ The model names the logical axes of its arrays; only this file knows devices. Nu
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import MeshConfig, ModelConfig, RunConfig
@@ -19,10 +21,12 @@ from gpt2_jax.errors import UsageError
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes that split it. A parameter's "embed" axis is split over fsdp; activations leave their
-# width whole (None), because their batch is split over fsdp already.
+# width whole (None), because their batch is split over fsdp already. Between the blocks activations are split along
+# "sequence"; where attention and MLP split heads and "mlp", they have the whole "length".
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": (),
+    "sequence": ("tensor",),
     "embed": ("fsdp",),
     "qkv": (),
     "heads": ("tensor",),
@@ -33,21 +37,52 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "layers": (),
 }
 
+Names = tuple[str | None, ...]
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (default: all). Raises UsageError when their number does not fit."""
+    """A (data, fsdp, tensor) mesh over `devices` (default: all).
+
+    With `dcn_data` slices, the outer part of `data` crosses from slice to slice and all else stays within one.
+
+    Raises:
+      UsageError: the product of the axes does not fit the number of devices or slices, or the devices' wiring cannot
+        be cut into this shape.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    given = math.prod(size for size in sizes.values() if size != -1)
+    slices = config.dcn_data
+    given = slices * math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % given or (-1 not in sizes.values() and given != len(devices)):
-        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        axes = {**sizes, "dcn_data": slices} if slices > 1 else sizes
+        wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in axes.items())
         raise UsageError(
             f"{wanted} make {given} devices of {len(devices)}: their product must be {len(devices)}, or divide it "
             "with one axis -1"
         )
     shape = [len(devices) // given if size == -1 else size for size in sizes.values()]
-    # Auto: XLA propagates the shardings. (make_mesh's default, Explicit, does not work with Linen.)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Auto: XLA propagates the shardings. (The default, Explicit, does not work with Linen.)
+    return Mesh(_arranged(devices, shape, slices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _arranged(devices: Sequence[jax.Device], shape: list[int], slices: int) -> np.ndarray:
+    found = {getattr(device, "slice_index", 0) for device in devices}
+    try:
+        if len(found) > 1:
+            if len(found) != slices:
+                raise UsageError(
+                    f"mesh.dcn_data={slices}, but the devices are in {len(found)} slices; give that number"
+                )
+            return mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+        # Devices that know no slices (CPU, GPU): each consecutive part stands for one.
+        whole = [shape[0] * slices, *shape[1:]]
+        return mesh_utils.create_device_mesh(whole, devices, allow_split_physical_axes=True)
+    except NotImplementedError:
+        size = "x".join(map(str, shape))
+        raise UsageError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {size} cannot be laid over the wiring of these devices; make each "
+            "axis a product of the topology's dimensions"
+        ) from None
 
 
 def check_divisible(config: RunConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
@@ -67,10 +102,10 @@ def check_divisible(config: RunConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
 
 
 def check_model_divisible(model: ModelConfig, mesh: Mesh, vocab_rows: int = 0) -> None:
-    """The same for the model alone."""
+    """The same for the model alone. Heads need not divide: see `model/heads.py`."""
     for what, size, axis in (
         ("model.n_embd", model.n_embd, "fsdp"),
-        ("model.n_head", model.n_head, "tensor"),
+        ("model.n_embd", model.n_embd, "tensor"),
         ("the padded vocabulary", vocab_rows, "tensor"),
     ):
         parts = mesh.shape[axis]
@@ -88,6 +123,17 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Makes `constrain` act within the block. (`with mesh:` would silently not.)"""
     with jax.set_mesh(mesh):
         yield
+
+
+def axis_size(name: str) -> int:
+    """Among how many devices of the mesh in use a logical axis is split; 1 outside `use_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_AXES[name])
+
+
+def sequence_axis(length: int) -> str:
+    """The logical axis along which activations of this length lie between blocks: "sequence" where it can be split."""
+    return "length" if length % axis_size("sequence") else "sequence"
 
 
 def partition_spec(names: Sequence[str | None]) -> PartitionSpec:
@@ -119,6 +165,27 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def relayout(x: jax.Array, names: Names, gradient_names: Names | None) -> jax.Array:
+    """`constrain(x, *names)`, while the gradient is laid out by `gradient_names`, as `x` came; None: as it comes.
+
+    `constrain` asks the same layout of the gradient, so that what is gathered forwards would be summed on every device
+    backwards, where each needs only its part of the sum.
+    """
+    return constrain(x, *names)
+
+
+def _relayout_forward(x: jax.Array, names: Names, gradient_names: Names | None) -> tuple[jax.Array, None]:
+    return constrain(x, *names), None
+
+
+def _relayout_backward(names: Names, gradient_names: Names | None, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (gradient if gradient_names is None else constrain(gradient, *gradient_names),)
+
+
+relayout.defvjp(_relayout_forward, _relayout_backward)
+
+
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree whose parameters carry logical names (Flax boxes); other leaves are replicated."""
     return jax.tree.map(
@@ -128,7 +195,18 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     )
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How an array `[B, T]` of a batch lies on the devices."""
+    return NamedSharding(mesh, partition_spec(("batch", "length")))
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this host's devices work on, in order; a row may belong to several hosts."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size, 1)).values()
+    return sorted({row for part in parts if part is not None for row in range(batch_size)[part[0]]})
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this host's rows of a batch on its devices, as part of the global batch; leading axis: batch."""
-    sharding = NamedSharding(mesh, partition_spec(("batch", "length")))
+    """Puts this host's rows (`own_rows`) of a batch on its devices, as part of the global batch `[B, T]`."""
+    sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

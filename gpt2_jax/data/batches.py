@@ -4,7 +4,7 @@ B: rows of a batch, T: context length.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,8 +19,8 @@ class TrainBatches:
     """Batch `step` for any step, from windows, seed and step alone: to resume is to ask for a later step.
 
     Row r of step s is element s * batch_size + r of an endless sequence, in which each epoch is a new
-    permutation of all windows. `rows` picks the consecutive rows of the global batch that this process feeds;
-    None: all of them. With `context_lengths`, divisors of T, a length L is drawn for each step and its
+    permutation of all windows. `rows` are the rows of the global batch that this process feeds; None: all of
+    them. With `context_lengths`, divisors of T, a length L is drawn for each step and its
     windows are cut into T/L rows each: [B * T/L, L], as many tokens as ever. Raises UsageError for arguments
     that do not fit.
     """
@@ -32,7 +32,7 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         context_lengths: tuple[int, ...] = (),
-        rows: slice | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         import grain  # here, because it imports JAX
 
@@ -93,7 +93,9 @@ class EvaluationBatches:
     the same number of batches.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, max_windows: int = 0, rows: slice | None = None) -> None:
+    def __init__(
+        self, windows: Windows, batch_size: int, max_windows: int = 0, rows: Sequence[int] | None = None
+    ) -> None:
         self._windows = windows
         self._batch_size = batch_size
         self._rows = _local_rows(batch_size, rows)
@@ -115,12 +117,12 @@ class EvaluationBatches:
         return map(self.batch, range(len(self)))
 
 
-def _local_rows(batch_size: int, rows: slice | None) -> range:
+def _local_rows(batch_size: int, rows: Sequence[int] | None) -> Sequence[int]:
     if batch_size < 1:
         raise UsageError(f"train.batch_size={batch_size}: a batch has 1 row or more")
-    local = range(batch_size) if rows is None else range(batch_size)[rows]
-    if len(local) == 0 or local.step != 1:
-        raise UsageError(f"{rows} picks no consecutive rows of a batch of {batch_size}")
+    local = range(batch_size) if rows is None else rows
+    if len(local) == 0 or not all(0 <= row < batch_size for row in local):
+        raise UsageError(f"rows {[*local]} of a batch of {batch_size}: allowed are some of 0 to {batch_size - 1}")
     return local
 
 

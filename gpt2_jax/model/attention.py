@@ -1,6 +1,7 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T queries, S keys (T of them, more with a cache), D width, H heads, K = D/H head dimension.
+Shapes: B batch, T queries, S keys (T of them, more with a cache), D width, H heads (zero heads
+included, see heads.py), K head dimension.
 """
 
 import math
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.attention_kernels import KERNELS
+from gpt2_jax.model.heads import padded_heads
 from gpt2_jax.model.kv_cache import LayerCache
 from gpt2_jax.model.layers import Projection
 from gpt2_jax.sharding import constrain
@@ -34,7 +37,8 @@ class CausalSelfAttention(nn.Module):
     """Fused projection to queries, keys and values; attention; output projection.
 
     Without a cache each token attends to itself and those before it; with one, to what the cache says, and the second
-    result is the cache with the new tokens in it.
+    result is the cache with the new tokens in it. `config.attention` names a kernel for the case without; "auto", which
+    a run replaces by its choice, and "xla" mean none.
     """
 
     config: ModelConfig
@@ -45,24 +49,31 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         B, T, D = x_BTD.shape
-        H, K = config.n_head, config.n_embd // config.n_head
+        H, K = padded_heads(config.n_head), config.n_embd // config.n_head
         # [D, 3, D] is GPT-2's [D, 3D] with its thirds named, so that tensor parallelism splits heads, not thirds.
-        qkv_axes = ("embed", "qkv", "heads")
-        qkv_BT3D = Projection((3, D), qkv_axes, config.initializer_range, dtype, config.bias, name="c_attn")(x_BTD)
+        qkv_axes, std = ("embed", "qkv", "heads"), config.initializer_range
+        c_attn = Projection((3, D), qkv_axes, std, dtype, config.bias, config.n_head, name="c_attn")
+        qkv_BT3D = c_attn(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (
             constrain(qkv_BT3D[:, :, third].reshape(B, T, H, K), "batch", "length", "heads", "head_dim")
             for third in range(3)
         )
-        if cache is None:
-            k_BSHK, v_BSHK, visible_BTS = k_BTHK, v_BTHK, jnp.tril(jnp.ones((1, T, T), bool))
+        kernel = None if cache is not None or self.is_initializing() else KERNELS.get(config.attention)
+        if kernel is not None:
+            out_BTHK = kernel(q_BTHK, k_BTHK, v_BTHK)
         else:
-            cache = cache.append(k_BTHK, v_BTHK)
-            k_BSHK, v_BSHK, visible_BTS = cache.k_BSHK, cache.v_BSHK, cache.visible_BTS
-        weights_BHTS = attention_weights(q_BTHK, k_BSHK, visible_BTS)
-        weights_BHTS = nn.Dropout(config.attn_pdrop)(weights_BHTS, deterministic=deterministic)
-        # In this order: XLA on CPU would transpose all values for [B, T, H, K].
-        out_BHTK = jnp.einsum("bhts,bshk->bhtk", weights_BHTS.astype(dtype), v_BSHK)
-        out_BTD = out_BHTK.swapaxes(1, 2).reshape(B, T, D)
+            if cache is None:
+                k_BSHK, v_BSHK, visible_BTS = k_BTHK, v_BTHK, jnp.tril(jnp.ones((1, T, T), bool))
+            else:
+                cache = cache.append(k_BTHK, v_BTHK)
+                k_BSHK, v_BSHK, visible_BTS = cache.k_BSHK, cache.v_BSHK, cache.visible_BTS
+            weights_BHTS = attention_weights(q_BTHK, k_BSHK, visible_BTS)
+            # Masks are drawn for the real heads, as without padding.
+            weights_BHTS = nn.Dropout(config.attn_pdrop)(weights_BHTS[:, : config.n_head], deterministic=deterministic)
+            weights_BHTS = jnp.pad(weights_BHTS, ((0, 0), (0, H - config.n_head), (0, 0), (0, 0)))
+            # In this order: XLA on CPU would transpose all values for [B, T, H, K].
+            out_BTHK = jnp.einsum("bhts,bshk->bhtk", weights_BHTS.astype(dtype), v_BSHK).swapaxes(1, 2)
+        out_BTD = out_BTHK.reshape(B, T, H * K)
         residual_std = config.initializer_range / math.sqrt(2 * config.n_layer)
-        y_BTD = Projection((D,), ("heads", "embed"), residual_std, dtype, config.bias, name="c_proj")(out_BTD)
-        return y_BTD, cache
+        c_proj = Projection((D,), ("heads", "embed"), residual_std, dtype, config.bias, config.n_head, name="c_proj")
+        return c_proj(out_BTD), cache

@@ -13,7 +13,7 @@ from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.attention import CausalSelfAttention
 from gpt2_jax.model.kv_cache import LayerCache
 from gpt2_jax.model.layers import LayerNorm, Projection
-from gpt2_jax.sharding import constrain
+from gpt2_jax.sharding import constrain, relayout, sequence_axis
 
 
 class Mlp(nn.Module):
@@ -44,11 +44,14 @@ class Block(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         dropout = nn.Dropout(config.resid_pdrop)
 
+        # The residual stream is split along the context; attention and MLP, which split heads and width, see all of it.
+        split, whole = ("batch", sequence_axis(x_BTD.shape[1]), None), ("batch", "length", None)
+
         y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, config.bias, name="ln_1")(x_BTD)
-        y_BTD, cache = CausalSelfAttention(config, name="attn")(y_BTD, deterministic, cache)
-        x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
+        y_BTD, cache = CausalSelfAttention(config, name="attn")(relayout(y_BTD, whole, split), deterministic, cache)
+        x_BTD = x_BTD + dropout(relayout(y_BTD, split, whole), deterministic=deterministic)
 
         y_BTD = LayerNorm(config.layer_norm_epsilon, dtype, config.bias, name="ln_2")(x_BTD)
-        y_BTD = Mlp(config, name="mlp")(y_BTD)
-        x_BTD = x_BTD + dropout(y_BTD, deterministic=deterministic)
-        return constrain(x_BTD, "batch", "length", None), cache
+        y_BTD = Mlp(config, name="mlp")(relayout(y_BTD, whole, split))
+        x_BTD = x_BTD + dropout(relayout(y_BTD, split, whole), deterministic=deterministic)
+        return constrain(x_BTD, *split), cache

@@ -22,13 +22,20 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.attention_kernels import attention_saveable
 from gpt2_jax.model.block import Block
-from gpt2_jax.model.layers import LayerNorm, parameter
-from gpt2_jax.sharding import constrain
+from gpt2_jax.model.layers import LayerNorm, as_rows, parameter
+from gpt2_jax.sharding import constrain, relayout, sequence_axis
 
 Params = dict[str, Any]
 
-_REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_WHOLE_ROWS = ("vocab", None)
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention_saveable
+    ),
+    "full": None,
+}
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -36,18 +43,27 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-def logits_from_hidden(x_ND: jax.Array, wte_VD: jax.Array, vocab_size: int) -> jax.Array:
-    """Scores `[N, V']` of the tied output head, in float32 or wider; those of padding rows are -inf.
+def logits_from_hidden(x: jax.Array, wte_VD: jax.Array, vocab_size: int) -> jax.Array:
+    """Scores `[..., V']` of the tied output head, in float32 or wider; those of padding rows are -inf.
 
     Args:
-      x_ND: final hidden states, in the type of the matrix product.
+      x: final hidden states `[..., D]`, in the type of the matrix product.
       wte_VD: token table with its padding rows.
       vocab_size: rows that are tokens.
     """
-    exact = jnp.promote_types(x_ND.dtype, jnp.float32)
-    logits_NV = jnp.einsum("nd,vd->nv", x_ND, wte_VD.astype(x_ND.dtype), preferred_element_type=exact)
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", x, wte_VD.astype(x.dtype), preferred_element_type=exact)
     real_V = jnp.arange(wte_VD.shape[0]) < vocab_size
-    return jnp.where(real_V[None], logits_NV, -jnp.inf)
+    return jnp.where(jnp.expand_dims(real_V, range(x.ndim - 1)), logits, -jnp.inf)
+
+
+def gathered_table(params: Params) -> Params:
+    """The parameters with the token table gathered over fsdp, once for both of its uses and the sum of their gradients.
+
+    In float32, in which the gradient of a token that is frequent can be summed.
+    """
+    embedding = relayout(params["wte"]["embedding"], _WHOLE_ROWS, ("vocab", "embed"))
+    return {**params, "wte": {"embedding": embedding}}
 
 
 class _Table(nn.Module):
@@ -101,20 +117,25 @@ class GPT2(nn.Module):
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The residual stream before the first layer, `[B, T, D]`; B of the positions may be 1."""
         dtype = jnp.dtype(self.config.dtype)
-        # Gathered along whole rows: XLA handles a table that is split along its width badly.
-        wte_VD = constrain(self.wte.embedding, "vocab", None)
-        return wte_VD.astype(dtype)[tokens_BT] + self.wpe.embedding.astype(dtype)[positions_BT]
+        # Along whole rows: XLA handles a table that is split along its width badly.
+        wte_VD = relayout(self.wte.embedding, _WHOLE_ROWS, None)
+        wpe_PD = relayout(self.wpe.embedding, (None, None), ("positions", "embed"))
+        split, whole = ("batch", sequence_axis(tokens_BT.shape[1]), None), ("batch", "length", None)
+        # Each device looks up the ids that it has; the sum over devices is then split along the context.
+        x_BTD = relayout(constrain(wte_VD[tokens_BT].astype(dtype), *whole), split, whole)
+        return x_BTD + constrain(wpe_PD[positions_BT].astype(dtype), None, split[1], None)
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array:
         """The final hidden states of the residual stream after the last layer."""
-        return self.ln_f(x_BTD)
+        split = ("batch", sequence_axis(x_BTD.shape[1]), None)
+        return relayout(self.ln_f(x_BTD), ("batch", "length", None), split)
 
     def hidden_states(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key."""
         x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
         x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-        x_BTD, _ = self.h(constrain(x_BTD, "batch", "length", None), deterministic)
-        return self.ln_f(x_BTD)
+        x_BTD, _ = self.h(x_BTD, deterministic)
+        return self.normalize(x_BTD)
 
     def __call__(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Logits `[B, T, V]` in float32 (float64 if that is the dtype) of the token that follows each position.
@@ -125,8 +146,8 @@ class GPT2(nn.Module):
         """
         x_BTD = self.hidden_states(tokens_BT, deterministic=deterministic)
         V = self.config.vocab_size
-        logits_NV = logits_from_hidden(x_BTD.reshape(-1, x_BTD.shape[-1]), self.wte.embedding, V)
-        return logits_NV[:, :V].reshape(*tokens_BT.shape, V)
+        logits = logits_from_hidden(as_rows(x_BTD), self.wte.embedding, V)
+        return logits[..., :V].reshape(*tokens_BT.shape, V)
 
 
 def boxed_init(model: GPT2, key: jax.Array) -> Params:

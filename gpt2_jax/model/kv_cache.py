@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.config import ModelConfig
+from gpt2_jax.model.heads import padded_heads
 from gpt2_jax.sharding import constrain
 
 _AXES = ("batch", "heads", "length", "head_dim")
@@ -79,7 +80,7 @@ class KVCache(flax.struct.PyTreeNode):
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> KVCache:
     """A cache that holds nothing, in the type of `config.dtype`."""
-    shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
+    shape = (rows, padded_heads(config.n_head), slots, config.n_embd // config.n_head)
 
     def layers() -> tuple[jax.Array, ...]:
         return tuple(_stored(jnp.zeros(shape, jnp.dtype(config.dtype))) for _ in range(config.n_layer))

@@ -3,11 +3,15 @@
 Shapes: B batch, T length, N = B*T tokens, D width.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from gpt2_jax.model.heads import pad_heads, padded_heads
+from gpt2_jax.sharding import axis_size, relayout
 
 
 def parameter(
@@ -22,6 +26,15 @@ def parameter(
     return module.param(name, boxed_init, shape, jnp.float32)
 
 
+def as_rows(x_BTD: jax.Array) -> jax.Array:
+    """`[N, D]`, since a weight gradient that contracts two axes is computed at half the speed on CPU.
+
+    Where tensor parallelism splits activations along the context it is left as it is: the sums over devices are
+    scattered along T, which XLA does not find behind a reshape.
+    """
+    return x_BTD if axis_size("sequence") > 1 else x_BTD.reshape(-1, x_BTD.shape[-1])
+
+
 class Projection(nn.Module):
     """An affine map of the last axis, `[B, T, in] -> [B, T, *features]`, with a kernel `[in, *features]`.
 
@@ -31,6 +44,7 @@ class Projection(nn.Module):
       kernel_std: standard deviation of the initial kernel; the bias starts at zero.
       dtype: type of the product.
       use_bias: whether there is a bias.
+      n_head: heads in the axis that is named "heads"; in and out go as many as `heads.padded_heads` says.
     """
 
     features: tuple[int, ...]
@@ -38,22 +52,44 @@ class Projection(nn.Module):
     kernel_std: float
     dtype: jnp.dtype
     use_bias: bool = True
+    n_head: int = 0
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        width = x_BTD.shape[-1]
         init = nn.initializers.normal(self.kernel_std)
-        kernel = parameter(self, "kernel", init, self.axes, (width, *self.features)).astype(self.dtype)
-        # Two-dimensional inside: a weight gradient that contracts two axes is half as fast on CPU.
-        x_ND = x_BTD.reshape(-1, width).astype(self.dtype)
-        y = jnp.tensordot(x_ND, kernel, axes=1)
-        y = y.reshape(*x_BTD.shape[:-1], *self.features)
+        width = x_BTD.shape[-1]
+        if self.axes[0] == "heads":
+            width = width // padded_heads(self.n_head) * self.n_head
+        kernel = parameter(self, "kernel", init, self.axes, (width, *self.features))
+        product = self._product
+        if axis_size("embed") > 1 or axis_size("heads") > 1:
+            # Weights gathered for the product are gathered again backwards, not kept: that would be all layers' at a
+            # time. Within a recomputed block, XLA may merge the two.
+            product = jax.checkpoint(self._product, prevent_cse=False)
+        y = product(x_BTD, kernel)
         if not self.use_bias:
             return y
-        bias = parameter(self, "bias", nn.initializers.zeros, self.axes[1:], self.features).astype(self.dtype)
+        # A vector is too small to be worth splitting over fsdp.
+        axes = tuple(None if name == "embed" else name for name in self.axes[1:])
+        bias = self._as_used(parameter(self, "bias", nn.initializers.zeros, axes, self.features), axes)
         bias = jnp.expand_dims(bias, range(x_BTD.ndim - 1))
         # The same number. A sum would be fused into the product of one token and slow it by a sixth (jax 0.10, CPU).
-        return y - (-bias) if len(x_ND) == 1 else y + bias
+        return y - (-bias) if math.prod(x_BTD.shape[:-1]) == 1 else y + bias
+
+    def _product(self, x_BTD: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel = self._as_used(kernel, self.axes)
+        y = jnp.tensordot(as_rows(x_BTD.astype(self.dtype)), kernel, axes=1)
+        return y.reshape(*x_BTD.shape[:-1], *kernel.shape[1:])
+
+    def _as_used(self, stored: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Cast, gathered over fsdp, and with zero heads where tensor parallelism needs them."""
+        uneven = "heads" in axes and padded_heads(self.n_head) != self.n_head
+        whole = ("embed", "heads") if uneven else ("embed",)
+        array = relayout(stored.astype(self.dtype), tuple(None if name in whole else name for name in axes), axes)
+        if not uneven:
+            return array
+        padded = pad_heads(array, axes.index("heads"), self.n_head)
+        return relayout(padded, tuple(None if name == "embed" else name for name in axes), axes)
 
 
 class LayerNorm(nn.Module):
@@ -66,7 +102,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         width = x_BTD.shape[-1]
-        scale = parameter(self, "scale", nn.initializers.ones, ("embed",), (width,))
+        scale = parameter(self, "scale", nn.initializers.ones, (None,), (width,))
         x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
         centred_BTD = x_BTD - x_BTD.mean(axis=-1, keepdims=True)
         variance_BT1 = jnp.square(centred_BTD).mean(axis=-1, keepdims=True)
@@ -74,6 +110,6 @@ class LayerNorm(nn.Module):
         along = tuple(range(x_BTD.ndim - 1))
         y_BTD = y_BTD * jnp.expand_dims(scale, along)
         if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, ("embed",), (width,))
+            bias = parameter(self, "bias", nn.initializers.zeros, (None,), (width,))
             y_BTD = y_BTD + jnp.expand_dims(bias, along)
         return y_BTD.astype(self.dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt2_jax.model.gpt2 import logits_from_hidden
+from gpt2_jax.model.layers import as_rows
 
 # Logits of one device that are allowed to exist at a time before the loss goes through them in chunks.
 DENSE_LOGITS_BYTES = 512 * 2**20
@@ -75,9 +76,12 @@ def choose_chunk(tokens: int, lengths: Sequence[int], vocab_rows: int, itemsize:
 def _sums(
     x_BTD: jax.Array, wte_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    logits_NV = logits_from_hidden(x_BTD.reshape(-1, x_BTD.shape[-1]), wte_VD, vocab_size)
+    # Tokens in one row [N], but [B, T] where tensor parallelism splits the context.
+    x = as_rows(x_BTD)
+    targets, weights = targets_BT.reshape(x.shape[:-1]), weights_BT.reshape(x.shape[:-1])
+    logits = logits_from_hidden(x, wte_VD, vocab_size)
     # The target's logit by comparison, not by a gather: it splits over the vocabulary and needs no scatter backwards.
-    is_target_NV = jnp.arange(logits_NV.shape[1])[None] == targets_BT.reshape(-1, 1)
-    target_N = jnp.where(is_target_NV, logits_NV, 0).sum(axis=1)
-    loss_N = jax.nn.logsumexp(logits_NV, axis=1) - target_N
-    return (loss_N * weights_BT.reshape(-1)).sum(), weights_BT.sum()
+    ids = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
+    target = jnp.where(ids == targets[..., None], logits, 0).sum(axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - target
+    return (loss * weights).sum(), weights.sum()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.model.gpt2 import GPT2, Params
+from gpt2_jax.model.gpt2 import GPT2, Params, gathered_table
 from gpt2_jax.training.loss import cross_entropy_sums
 from gpt2_jax.training.loss_scale import adjust, all_finite
 from gpt2_jax.training.optimizer import updates_done
@@ -49,6 +49,7 @@ def loss_sums(
     model: GPT2, params: Params, batch: Batch, *, loss_chunk: int = 0, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss in nats and summed weight of a batch; no dropout without a key."""
+    params = gathered_table(params)
     x_BTD: Any = model.apply(
         {"params": params},
         batch["tokens"],
