@@ -7,7 +7,12 @@ from gpt2_jax.errors import UsageError
 
 
 def expand_user(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path with ~ and ~NAME replaced; UsageError where there is no such home folder."""
+    """The path with ~ and ~NAME replaced; UsageError for an address, or where there is no such home folder."""
+    if "://" in os.fspath(path):
+        raise UsageError(
+            f"{path}: a path on this machine is needed here; gs://BUCKET/PATH can be a --workdir, a model to load, "
+            "init_from and data.source=tokens:gs://BUCKET/PATH; other addresses cannot be used"
+        )
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:

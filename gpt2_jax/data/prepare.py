@@ -20,6 +20,7 @@ from gpt2_jax.config import TokenizerConfig
 from gpt2_jax.data.document_formats import SPAN_BYTES
 from gpt2_jax.data.documents import DocumentSource, open_source
 from gpt2_jax.data.held_out import HeldOutSplit
+from gpt2_jax.data.local_copy import copy_token_store
 from gpt2_jax.data.nanogpt import DTYPE, nanogpt_files, nanogpt_shard, nanogpt_signature
 from gpt2_jax.data.token_store import (
     FORMAT_VERSION,
@@ -35,6 +36,7 @@ from gpt2_jax.data.unit_pool import run_units
 from gpt2_jax.data.unit_writer import UnitTask
 from gpt2_jax.errors import DataError, Gpt2JaxError, UsageError
 from gpt2_jax.folder_lock import folder_lock
+from gpt2_jax.remote_folder import is_remote
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from gpt2_jax.user_paths import expand_user
 
@@ -105,10 +107,13 @@ def ensure_prepared(
 ) -> TokenStore:
     """Like `prepare`, into a folder of `cache_dir` named by the inputs; returns at once if it is there.
 
-    A source `tokens:DIR` is opened where it lies.
+    A source `tokens:DIR` is opened where it lies, `tokens:gs://BUCKET/PATH` copied into `cache_dir` first.
     """
     if source.startswith("tokens:"):
-        folder = expand_user(source.removeprefix("tokens:"))
+        address = source.removeprefix("tokens:")
+        if is_remote(address):
+            return open_token_store(copy_token_store(address, expand_user(cache_dir).absolute()))
+        folder = expand_user(address)
         if not folder.is_dir():
             raise UsageError(f"source {source!r}: no folder {folder}; make one with gpt2-jax prepare")
         return open_token_store(folder)

@@ -218,9 +218,15 @@ def open_token_store(folder: str | os.PathLike[str], tokenizer: Tokenizer | str 
 def _read_manifest(folder: pathlib.Path) -> Manifest:
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_manifest(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: missing; make a token store with gpt2-jax prepare") from None
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """The manifest in a file's bytes; `path` is for errors. Raises DataError where it contradicts itself."""
+    try:
+        content = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); prepare the store again") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:

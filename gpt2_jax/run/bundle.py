@@ -11,12 +11,12 @@ from gpt2_jax.exchange.bundle import Bundle
 from gpt2_jax.exchange.export import export
 from gpt2_jax.exchange.huggingface import is_huggingface
 from gpt2_jax.run.load import load, saved_step
-from gpt2_jax.user_paths import expand_user
+from gpt2_jax.run.run_folder import folder_to_read
 
 
 def load_bundle(folder: str | pathlib.Path, step: int | None = None) -> Bundle:
     """What is in a run folder or Hugging Face folder. Arguments and errors are those of `load`."""
-    folder = expand_user(folder)
+    folder = folder_to_read(folder)
     if is_huggingface(folder):
         config, params, tokenizer = load(folder, step)
         return Bundle(config.model, params, tokenizer, {"made from": f"{folder.resolve().name}, by gpt2_jax"})
@@ -25,16 +25,18 @@ def load_bundle(folder: str | pathlib.Path, step: int | None = None) -> Bundle:
     return Bundle(config.model, params, tokenizer, training_facts(config, folder, step))
 
 
-def export_best(folder: pathlib.Path, config: RunConfig) -> pathlib.Path:
+def export_best(folder: pathlib.Path, config: RunConfig, best: Bundle | None = None) -> pathlib.Path:
     """The Hugging Face folder in the run `folder`, written anew unless it is of the best save already.
 
-    One that is of another save is kept under a number. Raises like `load` and `export`.
+    One that is of another save is kept under a number. `best` is that save, where it has been loaded: several processes
+    must do so together. Raises like `load` and `export`.
     """
     out = folder / "huggingface"
-    if not _is_of(out, training_facts(config, folder, saved_step(folder))):
+    facts = training_facts(config, folder, saved_step(folder)) if best is None else best.facts
+    if not _is_of(out, dict(facts)):
         new = folder / "huggingface.new"
         shutil.rmtree(new, ignore_errors=True)
-        export(load_bundle(folder), "huggingface", new)
+        export(load_bundle(folder) if best is None else best, "huggingface", new)
         if out.exists():
             numbered = (folder / f"huggingface.{number}" for number in itertools.count(1))
             out.rename(next(free for free in numbered if not free.exists()))

@@ -5,16 +5,17 @@ needs; `meta`, JSON with the fingerprints of data and tokenizer.
 """
 
 import contextlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from gpt2_jax.config import CheckpointConfig
-from gpt2_jax.errors import DataError, Gpt2JaxError
+from gpt2_jax.errors import DataError, Gpt2JaxError, UsageError
+from gpt2_jax.remote_folder import is_remote, storage_path
 from gpt2_jax.training.train_state import TrainState
 
 _METRIC = "held_out_loss"
@@ -23,8 +24,11 @@ _METRIC = "held_out_loss"
 class Checkpoints:
     """The saved steps of a run: the newest `keep_last`, and the `keep_best` of lowest held-out loss."""
 
-    def __init__(self, folder: pathlib.Path, config: CheckpointConfig | None = None) -> None:
-        """Opens `folder`; without a config only to read, so that a run in progress is not disturbed."""
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig | None = None) -> None:
+        """Opens `folder`, which may be at gs://; without a config only to read, so that no run is disturbed.
+
+        Raises UsageError when one at gs:// cannot be opened.
+        """
         read_only = config is None
         config = config or CheckpointConfig()
         policies = [checkpoint_managers.LatestN(config.keep_last)]
@@ -40,8 +44,13 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-        self._folder = folder
+        self._folder = storage_path(folder)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except Exception as error:  # of the storage's libraries, which have many
+            if not is_remote(self._folder):
+                raise
+            raise UsageError(f"{self._folder} cannot be opened: {_one_line(error)}; check the credentials") from error
 
     def save(self, state: TrainState, meta: dict[str, Any], held_out_loss: float | None) -> None:
         """Starts saving the state under its step; returns when the arrays are copied, and writes in the background.
@@ -127,7 +136,7 @@ class Checkpoints:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".partition(" [tensorstore_spec=")[0].split())
     # TensorStore names the file first and the cause last, with much in between.
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 

@@ -13,16 +13,16 @@ from gpt2_jax.exchange.huggingface import is_huggingface, load_huggingface
 from gpt2_jax.exchange.huggingface_config import read_config as read_huggingface_config
 from gpt2_jax.exchange.huggingface_tokenizer import read_tokenizer
 from gpt2_jax.model.gpt2 import GPT2, Params, init_params
-from gpt2_jax.run.run_folder import read_config
+from gpt2_jax.remote_folder import address_of
+from gpt2_jax.run.run_folder import checkpoints_folder, folder_to_read, read_config
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
-from gpt2_jax.user_paths import expand_user
 
 
 def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig, Params, Tokenizer]:
     """The config, parameters and tokenizer of a run folder, or of a folder with a GPT-2 in Hugging Face's format.
 
     Args:
-      folder: one that `train.py` or transformers' `save_pretrained` wrote.
+      folder: one that `train.py` or transformers' `save_pretrained` wrote; it may be at gs://.
       step: of a run, a saved step; default: the one of lowest held-out loss, or the newest if none was measured.
 
     Returns:
@@ -31,13 +31,15 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
 
     Raises:
       DataError: the folder holds no model, or a file in it is damaged, missing or of another model.
-      UsageError: a step is asked for where there are none.
+      UsageError: a step is asked for where there are none, or gs:// cannot be reached.
     """
-    folder = expand_user(folder)
+    folder = folder_to_read(folder)
     _check_is_no_other_format(folder)
     if is_huggingface(folder):
         if step is not None:
-            raise UsageError(f"{folder} is a Hugging Face folder, which has no steps; step {step} was asked for")
+            raise UsageError(
+                f"{address_of(folder)} is a Hugging Face folder, which has no steps; step {step} was asked for"
+            )
         model, params, tokenizer = load_huggingface(folder)
         return _as_run_config(model, tokenizer), params, tokenizer
     config, tokenizer = load_settings(folder)
@@ -51,7 +53,7 @@ def load(folder: str | pathlib.Path, step: int | None = None) -> tuple[RunConfig
 
 def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
     """Config and tokenizer as `load` gives them, without the parameters. Raises like it."""
-    folder = expand_user(folder)
+    folder = folder_to_read(folder)
     _check_is_no_other_format(folder)
     if is_huggingface(folder):
         model = read_huggingface_config(folder / "config.json")
@@ -74,12 +76,13 @@ def _as_run_config(model: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
 
 @contextlib.contextmanager
 def _checkpoints(folder: pathlib.Path) -> Iterator[Any]:
-    if not (folder / "checkpoints").is_dir():
-        raise DataError(f"{folder} has no checkpoints yet")
+    saves = checkpoints_folder(folder)
+    if not saves.is_dir():
+        raise DataError(f"{saves.parent} has no checkpoints yet")
     # Orbax takes a third of a second to import, and Hugging Face folders do without it.
     from gpt2_jax.run.checkpoint import Checkpoints
 
-    with contextlib.closing(Checkpoints(folder / "checkpoints")) as opened:
+    with contextlib.closing(Checkpoints(saves)) as opened:
         yield opened
 
 
@@ -94,6 +97,7 @@ def _check_is_no_other_format(folder: pathlib.Path) -> None:
 
 def _choose(checkpoints: Any, step: int | None, folder: pathlib.Path) -> int:
     found = checkpoints.best_step() if step is None else step
-    if found is None or found not in checkpoints.steps():
-        raise DataError(f"{folder} has no checkpoint of step {found}; saved: {checkpoints.steps() or 'none'}")
+    steps = checkpoints.steps()
+    if found is None or found not in steps:
+        raise DataError(f"{address_of(folder)} has no checkpoint of step {found}; saved: {steps or 'none'}")
     return found

@@ -4,6 +4,9 @@ config.json       the resolved config           metrics.jsonl   one line per rep
 run.json          data and versions             samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
+
+One at gs:// is worked on in a mirror (see remote_folder.py): `pull` at the start, `push` after each save. Only its
+`checkpoints/` are written and read where they are.
 """
 
 import importlib.metadata
@@ -12,10 +15,14 @@ import os
 import pathlib
 import platform
 
+from etils import epath
+
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import from_json, to_json, values_by_key
 from gpt2_jax.errors import DataError, UsageError
+from gpt2_jax.folder_lock import folder_lock
+from gpt2_jax.remote_folder import address_of, check_writable, is_remote, make_mirror, pull, storage_path
 from gpt2_jax.user_paths import expand_user
 
 _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
@@ -23,14 +30,21 @@ _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 # Keys that a resumed run may change: they decide how long and how it runs, not what the done steps computed.
 _CHANGEABLE = (
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every"),
-    *("train.loss_chunk", "model.remat", "model.scan_unroll"),  # memory and speed; equal up to rounding
+    # Memory and speed; equal up to rounding.
+    *("train.loss_chunk", "model.remat", "model.scan_unroll", "model.attention"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py
 )
 _CHANGEABLE_SECTIONS = ("checkpoint.", "mesh.")
 
 
 def make_folder(path: str) -> pathlib.Path:
-    """The folder, made if need be and proved writable. Raises UsageError before anything else has been done."""
+    """The folder, made if need be and proved writable. Raises UsageError before anything else has been done.
+
+    That of an address at gs:// is its mirror, as it was left: `pull` it once no other process works on it.
+    """
+    if is_remote(path):
+        check_writable(path)
+        return make_mirror(path, "runs")
     try:
         folder = expand_user(path)
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +58,24 @@ def make_folder(path: str) -> pathlib.Path:
     return folder
 
 
+def folder_to_read(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a run or model; of one at gs://, a copy of what `gpt2_jax.load` reads besides the saves.
+
+    That copy is another than the one on which a run in this place works. Raises UsageError.
+    """
+    if not is_remote(path):
+        return expand_user(path)
+    folder = make_mirror(os.fspath(path), "models")
+    with folder_lock(folder):
+        pull(folder, lambda name: "/" not in name or name.startswith("tokenizer/"))
+    return folder
+
+
+def checkpoints_folder(folder: pathlib.Path) -> epath.Path:
+    """Where the saves of a run folder are: in it, or at the address that it mirrors."""
+    return storage_path(address_of(folder)) / "checkpoints"
+
+
 def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, str]) -> None:
     """Writes `run.json` with `data` (folder, fingerprint), then `config.json`: where that is, a run was started."""
     versions = {name: _version(name) for name in _VERSIONED}
@@ -54,8 +86,8 @@ def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, str]) -> 
 
 def holds_run(folder: pathlib.Path) -> bool:
     """Whether a run was started here and has saved a step; one that has not binds nobody to its settings."""
-    checkpoints = folder / "checkpoints"
-    return checkpoints.is_dir() and any(step.name.isdecimal() for step in checkpoints.iterdir())
+    checkpoints = checkpoints_folder(folder)
+    return checkpoints.is_dir() and any(_is_save(step) for step in checkpoints.iterdir())
 
 
 def read_config(folder: pathlib.Path) -> RunConfig:
@@ -64,7 +96,7 @@ def read_config(folder: pathlib.Path) -> RunConfig:
     try:
         return from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{folder} is not a run folder: {file.name}: {error.strerror}") from None
+        raise DataError(f"{address_of(folder)} is not a run folder: {file.name}: {error.strerror}") from None
     except (UsageError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from None
 
@@ -76,7 +108,7 @@ def read_data(folder: pathlib.Path) -> dict[str, str]:
         data = json.loads(file.read_text(encoding="utf-8"))["data"]
         return {"folder": str(data["folder"]), "fingerprint": str(data["fingerprint"])}
     except OSError as error:
-        raise DataError(f"{folder} is not a run folder: {file.name}: {error.strerror}") from None
+        raise DataError(f"{address_of(folder)} is not a run folder: {file.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{file} is damaged: it is not JSON with the data's folder and fingerprint") from None
 
@@ -88,9 +120,14 @@ def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) 
     if changed:
         listed = ", ".join(f"{key} {before[key]!r} -> {after[key]!r}" for key in changed)
         raise UsageError(
-            f"--workdir={folder} holds a run with other settings: {listed}; "
+            f"--workdir={address_of(folder)} holds a run with other settings: {listed}; "
             "use the stored settings to resume, or another --workdir for a new run or a fine-tuned one"
         )
+
+
+def _is_save(step: epath.Path) -> bool:
+    # On a disk a save gets its name when it is whole; in a bucket, where nothing can be renamed, a mark.
+    return step.name.isdecimal() and (not is_remote(step) or (step / "commit_success.txt").exists())
 
 
 def _may_change(key: str, stored: RunConfig, wanted: RunConfig) -> bool:

@@ -30,6 +30,7 @@ OTHER = {
         **{"n_layer": 3, "n_head": 6, "n_embd": 144, "n_positions": 2048, "vocab_size": 999, "embd_pdrop": 0.2},
         **{"attn_pdrop": 0.2, "resid_pdrop": 0.2, "layer_norm_epsilon": 1e-6, "initializer_range": 0.03},
         **{"dtype": "bfloat16", "remat": "full", "scan_unroll": 2, "activation": "gelu_erf", "bias": False},
+        "attention": "xla",
     },
     "tokenizer": {"name": "bytes", "path": "/merges", "normalization": "nfc", "lowercase": True},
     "data": {"source": "text:x", "text_field": "body", "held_out": 0.2, "windows": "padded", "cache_dir": "/tokens"},
@@ -42,7 +43,7 @@ OTHER = {
         **{"loss_chunk": 128, "log_every": 3, "eval_every": 3, "eval_windows": 3, "sample_every": 3},
     },
     "checkpoint": {"every": 3, "keep_last": 3, "keep_best": 3, "export_best": False},
-    "mesh": {"data": 2, "fsdp": -1, "tensor": 2},
+    "mesh": {"data": 2, "fsdp": -1, "tensor": 2, "dcn_data": 2},
     "seed": 5,
     "init_from": "/run",
 }
@@ -54,10 +55,10 @@ WITH = {  # what else a value needs
 }
 FREE = {
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "train.loss_chunk"),
-    *("model.remat", "model.scan_unroll"),
+    *("model.remat", "model.scan_unroll", "model.attention"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.export_best"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.dcn_data"),
 }
 
 
