@@ -20,7 +20,7 @@ from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import load_config
 from gpt2_jax.model.gpt2 import parameter_count
 from gpt2_jax.run.hardware import flops_per_token, measured_matmul_rate
-from gpt2_jax.run.run import make_settings
+from gpt2_jax.run.step_settings import make_settings
 from gpt2_jax.sharding import make_mesh, place_batch, use_mesh
 from gpt2_jax.training.steps import train_step
 from gpt2_jax.training.train_state import sharded_init

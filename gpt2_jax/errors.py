@@ -23,3 +23,17 @@ class DivergedError(Gpt2JaxError):
     """Training produced a loss or gradient that is not finite."""
 
     exit_code = 4
+
+
+class PreemptedError(Gpt2JaxError):
+    """SIGTERM asked for room; the state is saved, and the same command goes on from it (75 is EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class OtherHostError(Gpt2JaxError):
+    """Another process of the run has failed, with the exit code that is given."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

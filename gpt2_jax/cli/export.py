@@ -4,7 +4,7 @@ import argparse
 
 from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.errors import UsageError
-from gpt2_jax.user_paths import expand_user
+from gpt2_jax.run.run_folder import folder_to_read
 
 # Names only, so that --help is quick; tests/cli/test_export.py holds them to `exchange.export.FORMATS`.
 FORMATS = ("huggingface", "npz", "nanogpt", "gguf", "stablehlo")
@@ -35,14 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export, and print how far the files are from the model."""
-    if not expand_user(arguments.model).is_dir():
+    folder = folder_to_read(arguments.model)
+    if not folder.is_dir():
         raise UsageError(f"--model={arguments.model}: no such folder; name a run folder or a Hugging Face GPT-2 folder")
     quiet_logs()
     from gpt2_jax.exchange.export import check_request, export
     from gpt2_jax.run.bundle import load_bundle
 
     check_request(arguments.format, arguments.out, arguments.dtype)
-    bundle = load_bundle(arguments.model, arguments.step)
+    bundle = load_bundle(folder, arguments.step)
     parity = export(bundle, arguments.format, arguments.out, arguments.dtype, accept_erf=arguments.accept_erf)
     print(f"{arguments.out}: {arguments.format}, {arguments.dtype}; {parity}")
     return 0

@@ -12,7 +12,7 @@ from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.config import MeshConfig
 from gpt2_jax.decoding.settings import BEYOND_CONTEXT, Sampling, Stopping
 from gpt2_jax.errors import UsageError
-from gpt2_jax.user_paths import expand_user
+from gpt2_jax.run.run_folder import folder_to_read
 
 # Of the fields of `Sampling` that are numbers.
 _SAMPLING_HELP = {
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write texts, or scores, to stdout and notes to stderr."""
     sampling, stopping = _settings(arguments)
     prompts = _prompts(arguments)
-    folder = expand_user(arguments.model)
+    folder = folder_to_read(arguments.model)
     if not folder.is_dir():
         raise UsageError(f"--model={arguments.model}: no such folder; name a run folder or a Hugging Face GPT-2 folder")
     for stream in (sys.stdout, sys.stderr):

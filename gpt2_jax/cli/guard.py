@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from gpt2_jax.errors import Gpt2JaxError
+from gpt2_jax.errors import Gpt2JaxError, PreemptedError
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -16,6 +16,9 @@ def guarded(program: str, body: Callable[[], int], interrupted: str = "") -> int
         code = body()
         sys.stdout.flush()  # so that a closed pipe shows here
         return code
+    except PreemptedError as told:  # no error
+        _tell(program, str(told))
+        return told.exit_code
     except Gpt2JaxError as error:
         _tell(program, f"error: {error}")
         return error.exit_code

@@ -4,8 +4,9 @@ import argparse
 import difflib
 import pathlib
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from gpt2_jax.cli.compile_cache_flag import add_compile_cache_flag, compile_cache_folder
 from gpt2_jax.cli.guard import guarded
@@ -13,13 +14,13 @@ from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import UsageError
 
+_INTERRUPTED = "interrupted; the same command resumes from the last saved step"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit code: 0 done, 2 config, 3 data or checkpoint, 4 diverged, 130 interrupted."""
+    """Trains; returns the exit code: 0 done, 2 config, 3 data, 4 diverged, 75 preempted, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return guarded(
-        "train.py", lambda: _train(arguments), "interrupted; the same command resumes from the last saved step"
-    )
+    return guarded("train.py", lambda: _train(arguments), _INTERRUPTED)
 
 
 def _train(argv: list[str]) -> int:
@@ -32,6 +33,7 @@ def _train(argv: list[str]) -> int:
         return 0
     quiet_logs()
     # Only now, when the flags are known to be right: it takes seconds.
+    from gpt2_jax.run.hosts import HostOptions, end_process
     from gpt2_jax.run.run import RunOptions, run
 
     options = RunOptions(
@@ -44,9 +46,28 @@ def _train(argv: list[str]) -> int:
         wandb=flags.wandb,
         profile=_profile_steps(flags.profile),
         compile_cache=compile_cache_folder(flags),
+        checkpoints=flags.checkpoints,
+        hosts=HostOptions(
+            coordinator_address=flags.coordinator_address,
+            num_processes=flags.num_processes,
+            process_id=flags.process_id,
+            initialization_timeout=flags.initialization_timeout,
+            heartbeat_timeout=flags.heartbeat_timeout,
+            distributed=not flags.no_distributed,
+        ),
     )
-    run(config, options)
-    return 0
+
+    def trained() -> int:
+        run(config, options)
+        return 0
+
+    code = 1
+    try:
+        code = guarded("train.py", trained, _INTERRUPTED)
+    except Exception:  # a bug, told as Python tells it, but here: the end of the process may be waiting for other hosts
+        traceback.print_exc()
+    end_process(code)
+    return code
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -63,8 +84,59 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="mirror the metrics to Weights & Biases")
     parser.add_argument("--profile", default="", metavar="FIRST:LAST", help="profiler trace of these steps")
     add_compile_cache_flag(parser)
+    _add_host_flags(parser)
     flags, rest = parser.parse_known_args(argv)
+    _check_host_flags(flags)
     return flags, _overrides(rest, sorted(parser._option_string_actions))
+
+
+def _add_host_flags(parser: argparse.ArgumentParser) -> None:
+    hosts = parser.add_argument_group("several hosts", "detected on TPU, SLURM, Kubernetes and MPI")
+    hosts.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="where process 0 listens; with the next two, for all"
+    )
+    hosts.add_argument("--num_processes", type=_at_least(1), metavar="N", help="processes in all")
+    hosts.add_argument("--process_id", type=_at_least(0), metavar="I", help="number of this one, from 0")
+    seconds: dict[str, Any] = {"type": _at_least(1), "metavar": "SECONDS"}
+    hosts.add_argument(
+        "--initialization_timeout", default=300, help="for all to come (default: %(default)s)", **seconds
+    )
+    hosts.add_argument(
+        "--heartbeat_timeout",
+        default=100,
+        help="until a silent one counts as dead (default: %(default)s)",
+        **seconds,
+    )
+    hosts.add_argument("--no_distributed", action="store_true", help="this process alone, without a coordinator")
+    hosts.add_argument(
+        "--checkpoints",
+        default="",
+        metavar="DIR",
+        help="where all hosts see the checkpoints; only host 0 needs --workdir then",
+    )
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: give an integer from {low}")
+        return int(text)
+
+    return integer
+
+
+def _check_host_flags(flags: argparse.Namespace) -> None:
+    triple = {name: getattr(flags, name) for name in ("coordinator_address", "num_processes", "process_id")}
+    missing = [f"--{name}" for name, value in triple.items() if value is None]
+    if missing and len(missing) < len(triple):
+        raise UsageError(f"{', '.join(missing)} missing: give all of --{', --'.join(triple)}, or none of them")
+    if not missing and flags.no_distributed:
+        raise UsageError(f"--no_distributed is for a process alone; leave it out, or --{', --'.join(triple)}")
+    if not missing and flags.process_id >= flags.num_processes:
+        raise UsageError(
+            f"--process_id={flags.process_id}: with --num_processes={flags.num_processes}, allowed are 0 to "
+            f"{flags.num_processes - 1}"
+        )
 
 
 class _Parser(argparse.ArgumentParser):

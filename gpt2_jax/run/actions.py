@@ -6,10 +6,12 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gpt2_jax.atomic_file import write_text_atomically
-from gpt2_jax.config import RunConfig
+from gpt2_jax.config import MeshConfig, RunConfig
 from gpt2_jax.data.batches import EvaluationBatches
 from gpt2_jax.decoding.generate import Generator
 from gpt2_jax.decoding.settings import Sampling, Stopping
@@ -21,6 +23,7 @@ from gpt2_jax.run.hardware import flops_per_token, memory_in_use, peak_flops
 from gpt2_jax.run.loop import HostBatch, Interval
 from gpt2_jax.run.metrics import MetricWriter
 from gpt2_jax.run.progress import Progress
+from gpt2_jax.sharding import make_mesh, use_mesh
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.steps import StepSettings
 from gpt2_jax.training.train_state import TrainState
@@ -114,12 +117,16 @@ class Save:
 
     def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], evaluate: Evaluate) -> None:
         self._checkpoints, self._meta, self._evaluate = checkpoints, meta, evaluate
+        self._saved = 0
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """See `loop.Action`."""
+        """See `loop.Action`; does nothing where the step is saved already."""
+        if step == self._saved:
+            return
         # An update with a finite loss and gradient can still ruin the parameters, which only the next step would show.
         self._evaluate.check(step, state)
         self._checkpoints.save(state, self._meta, self._evaluate.losses.get(step))
+        self._saved = step
 
 
 class Sample:
@@ -143,10 +150,31 @@ class Sample:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """See `loop.Action`."""
-        generator = Generator(self._model.config, state.eval_params, self._tokenizer, mesh=self._mesh)
-        (sample,) = generator.generate(
-            [[self._start]], sampling=_SAMPLING, stopping=self._stopping, seed=(self._seed + step) % 2**31
-        )
+        params, mesh = state.eval_params, self._mesh
+        if jax.process_count() > 1:
+            # What is drawn is read token by token, which wants it on one host.
+            params, mesh = whole(params), make_mesh(MeshConfig(), jax.local_devices()[:1])
+            if jax.process_index() > 0:
+                return
+        with use_mesh(mesh):
+            generator = Generator(self._model.config, params, self._tokenizer, mesh=mesh)
+            (sample,) = generator.generate(
+                [[self._start]], sampling=_SAMPLING, stopping=self._stopping, seed=(self._seed + step) % 2**31
+            )
         self._folder.mkdir(exist_ok=True)
         write_text_atomically(self._folder / f"step_{step:07d}.txt", sample.text)
         self._progress.say(f"--- sample after step {step}\n{sample.text}\n---")
+
+
+def whole(params: Params) -> Params:
+    """The parameters on the first device of process 0, from wherever they are; all processes must call this together.
+
+    The other processes get nothing.
+    """
+    keep = jax.process_index() == 0
+
+    def gathered(leaf: jax.Array) -> Any:
+        found = multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_put(found, jax.local_devices()[0]) if keep else None
+
+    return jax.tree.map(gathered, params)

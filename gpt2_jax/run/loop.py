@@ -2,7 +2,8 @@
 
 The order within a step is fixed: the batch is placed and the step sent; then the metrics of the step *before* are read,
 while the device works on this one; then, where due, this step's metrics are read and the actions run in their order
-(evaluate before save, so that a save knows its loss). Only then is the next batch drawn.
+(evaluate before save, so that a save knows its loss). Only then is the next batch drawn, or, where SIGTERM has asked
+for room, the state saved and the loop left.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt2_jax.errors import DivergedError
+from gpt2_jax.errors import DivergedError, PreemptedError
 from gpt2_jax.sharding import place_batch
 from gpt2_jax.training.steps import Metrics, StepSettings, train_step
 from gpt2_jax.training.train_state import TrainState
@@ -50,6 +51,7 @@ class Interval:
 
 Report = Callable[[int, dict[str, float], Interval], None]
 Advance = Callable[[int], None]
+Preempted = Callable[[int], bool]
 
 
 def train(
@@ -63,6 +65,8 @@ def train(
     report: Report,
     advance: Advance,
     actions: Sequence[Action],
+    preempted: Preempted = lambda step: False,
+    save: Callable[[int, TrainState], None] = lambda step, state: None,
 ) -> TrainState:
     """Trains from `state` to `last_step`. Call it within `use_mesh(mesh)`.
 
@@ -76,9 +80,12 @@ def train(
       report: gets the step, its metrics as numbers, and the sums of the interval that ends with it.
       advance: told of each step that is done.
       actions: run in this order after each step at which they are due.
+      preempted: asked after every step; where it says yes, in all processes alike, the loop is left.
+      save: run before that, after the actions that are due; does nothing where the step is saved.
 
     Raises:
       DivergedError: a loss or gradient is not finite.
+      PreemptedError: the loop was left, with this step saved.
     """
     interval = Interval()
     waiting: tuple[int, Metrics, int] | None = None
@@ -102,19 +109,25 @@ def train(
 
     for index, batch in batches:
         step = index + 1
+        placed = place_batch(batch, mesh)
+        tokens = placed["tokens"].size  # of the whole batch, whichever rows of it are this host's
         # A copy that is not asked for by name is an error here: it would make the device wait for the host.
         with jax.transfer_guard("disallow"):
-            state, metrics = train_step(state, place_batch(batch, mesh), settings=settings)
+            state, metrics = train_step(state, placed, settings=settings)
             if waiting is not None:
                 read(*waiting)
-            waiting = (step, metrics, batch["tokens"].size * jax.process_count())
+            waiting = (step, metrics, tokens)
+        leave = preempted(step) and step < last_step
         due = [action for action in actions if action.due(step, last_step)]
-        if due:
+        if due or leave:
             read(*waiting)
             waiting = None
             paused = time.perf_counter()
             for action in due:
                 action.run(step, state)
+            if leave:
+                save(step, state)
+                raise PreemptedError(f"SIGTERM asked for room: step {step} is saved; the same command goes on from it")
             interval.started += time.perf_counter() - paused
     if waiting is not None:
         read(*waiting)

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -13,27 +15,35 @@ import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
+from gpt2_jax.config_file import from_json, to_json, values_by_key
 from gpt2_jax.data.batches import TrainBatches
 from gpt2_jax.data.token_store import TokenStore
 from gpt2_jax.errors import UsageError
-from gpt2_jax.folder_lock import folder_lock
-from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size, parameter_count
-from gpt2_jax.run.actions import Evaluate, Report, Sample, Save
-from gpt2_jax.run.bundle import export_best
+from gpt2_jax.exchange.bundle import Bundle
+from gpt2_jax.model.gpt2 import padded_vocab_size, parameter_count
+from gpt2_jax.remote_folder import address_of, push
+from gpt2_jax.run.accelerators import check_accelerator_is_used
+from gpt2_jax.run.actions import Evaluate, Report, Sample, Save, whole
+from gpt2_jax.run.bundle import export_best, training_facts
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.compile_cache import set_compile_cache
 from gpt2_jax.run.first_state import first_state
+from gpt2_jax.run.folders import RunFolders, run_folders
+from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
 from gpt2_jax.run.interrupt import interrupt_held_back
 from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
+from gpt2_jax.run.preemption import preemption_noticed
 from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.run_data import cut_batches, open_data, with_vocabulary, with_vocabulary_of_source
-from gpt2_jax.run.run_folder import check_unchanged, holds_run, make_folder, read_config, write_run
+from gpt2_jax.run.run_folder import check_unchanged, holds_run, read_config, write_run
+from gpt2_jax.run.step_settings import make_settings, with_attention
+from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
-from gpt2_jax.training.loss import choose_chunk
-from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.steps import StepSettings
+from gpt2_jax.training.train_state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +57,8 @@ class RunOptions:
       wandb: project of Weights & Biases to mirror the metrics to; empty: none.
       profile: first and last step of a profiler trace, or None.
       compile_cache: folder of the persistent compilation cache; empty: none.
+      checkpoints: folder of the checkpoints, which all hosts share; empty: in the run folder.
+      hosts: how the processes of the run find one another.
     """
 
     workdir: str
@@ -55,6 +67,8 @@ class RunOptions:
     wandb: str = ""
     profile: tuple[int, int] | None = None
     compile_cache: str = ""
+    checkpoints: str = ""
+    hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
 
 
 def run(config: RunConfig, options: RunOptions) -> None:
@@ -62,54 +76,68 @@ def run(config: RunConfig, options: RunOptions) -> None:
 
     Raises:
       UsageError, DataError, DivergedError: one line for the user; see errors.py.
+      PreemptedError: SIGTERM asked for room; the run is saved.
+      OtherHostError: another process of the run cannot start.
     """
     if options.profile is not None and options.profile[1] > config.train.steps:
         first, last = options.profile
         raise UsageError(f"--profile={first}:{last}: the run has only train.steps={config.train.steps} steps")
     _check_mirrors(options)
-    folder = make_folder(options.workdir)
-    with folder_lock(folder.resolve() / "run", wait=False):
-        _run(config, options, folder)
+    with joined(options.hosts) as hosts:
+        hosts.check_equal(_facts(config))
+        with hosts.together():
+            check_accelerator_is_used()
+        with run_folders(hosts, options.workdir, options.checkpoints) as folders:
+            _run(config, options, hosts, folders)
 
 
-def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
+def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolders) -> None:
     set_compile_cache(options.compile_cache)
-    mesh = make_mesh(config.mesh)
-    check_divisible(config, mesh)
-    if holds_run(folder):
-        stored = read_config(folder)
-        if not config.model.vocab_size:
-            config = with_vocabulary(config, stored.model.vocab_size)
-        check_unchanged(stored, config, folder)
-    else:
-        config = with_vocabulary_of_source(config)
-    store = open_data(config, folder)
-    tokenizer = store.tokenizer
-    config = with_vocabulary(config, tokenizer.vocab_size)
-    check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
-    train_batches, held_out_batches = cut_batches(config, store)
-
-    settings = make_settings(config, mesh)
+    folder = folders.run
+    flags = set_compiler_flags(jax.devices())
+    with hosts.together():
+        mesh = make_mesh(config.mesh)
+        check_divisible(config, mesh)
+        if hosts.first:
+            config = _settled(config, folder)
+    config = from_json(hosts.gather(to_json(config))[0])
+    with hosts.together():
+        store = open_data(config, folder)
+        tokenizer = store.tokenizer
+        config = with_vocabulary(config, tokenizer.vocab_size)
+        check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
+        train_batches, held_out_batches = cut_batches(config, store, mesh)
     fingerprints = {"data_fingerprint": store.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
+    hosts.check_equal(fingerprints)
+
+    with hosts.together():
+        as_run, attention = with_attention(config, mesh.devices.flat[0])
+    settings = make_settings(as_run, mesh)
     steps = config.train.steps
     with contextlib.ExitStack() as stack:
         interrupt_if_asked = stack.enter_context(interrupt_held_back())
+        preempted = stack.enter_context(preemption_noticed())
         stack.enter_context(use_mesh(mesh))
-        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
+        if hosts.first:
+            stack.callback(push, folder)  # last, whatever happens
+        checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
         state = first_state(config, settings, mesh, checkpoints, fingerprints)
-        # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
-        tokenizer.save(folder / "tokenizer")
-        write_run(folder, config, {"folder": str(store.folder), "fingerprint": store.fingerprint})
         start = int(state.step)
-        writers = _writers(folder, options, config, start)
+        with hosts.together():
+            # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
+            if hosts.first:
+                tokenizer.save(folder / "tokenizer")
+                write_run(folder, config, {"folder": str(store.folder), "fingerprint": store.fingerprint})
+                push(folder)
+            writers = _writers(folder, options, config, start) if hosts.first else []
         for writer in writers:
             stack.callback(writer.close)
-        progress = Progress(start, steps)
+        progress = Progress(start, steps, None if hosts.first else stack.enter_context(open(os.devnull, "w")))
         stack.callback(progress.close)
         if options.profile is not None and options.profile[1] <= start:
             progress.say(f"--profile: its steps were done before; the run goes on after step {start}")
-        progress.say(_summary(config, store, train_batches, mesh, folder, start))
+        progress.say(_summary(config, store, train_batches, mesh, attention, flags, folder, start))
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
         save = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
@@ -119,7 +147,7 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
         batches = _interruptible(train_batches.iterate(start, steps), interrupt_if_asked)
         train(
             state,
-            _profiled(batches, options.profile, folder / "profile"),
+            _profiled(batches, options.profile if hosts.first else None, folder / "profile"),
             settings=settings,
             mesh=mesh,
             last_step=steps,
@@ -130,33 +158,54 @@ def _run(config: RunConfig, options: RunOptions, folder: pathlib.Path) -> None:
                 Action(config.train.eval_every, evaluate),
                 Action(config.train.sample_every, sample),
                 Action(config.checkpoint.every, save),  # last: a run that is killed goes on after what was saved
+                *([Action(config.checkpoint.every, lambda step, state: push(folder))] if hosts.first else []),
             ),
+            preempted=preempted,
+            save=save,
         )
-    draw_losses(folder / "metrics.jsonl", folder / "loss.png")
-    if config.checkpoint.export_best:
-        export_best(folder, config)
-    print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
+    best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
+    with hosts.together():
+        if hosts.first:
+            draw_losses(folder / "metrics.jsonl", folder / "loss.png")
+            if config.checkpoint.export_best:
+                export_best(folder, config, best)
+            push(folder)
+            print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
 
 
-def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
-    """The model, optimizer and compile-time choices of a run; `model.vocab_size` must be filled in."""
-    train_config = config.train
-    chunk = train_config.loss_chunk
-    if not chunk:
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        tokens = train_config.batch_size // train_config.microbatches // shards * config.context_length
-        vocab_rows = padded_vocab_size(config.model.vocab_size) // mesh.shape["tensor"]
-        # The evaluation goes through the full context, whatever lengths training draws.
-        chunk = choose_chunk(tokens, (*train_config.context_lengths, config.context_length), vocab_rows)
-    return StepSettings(
-        model=GPT2(config.model),
-        optimizer=make_optimizer(config.optimizer, train_config.steps),
-        schedule=learning_rate_schedule(config.optimizer, train_config.steps),
-        seed=config.seed,
-        microbatches=train_config.microbatches,
-        loss_chunk=chunk,
-        ema_decay=config.optimizer.ema_decay,
-    )
+def _facts(config: RunConfig) -> dict[str, str]:
+    """What must be the same on all hosts. Where they keep token stores may differ."""
+    settings = {f"config.{key}": repr(value) for key, value in values_by_key(config).items() if key != "data.cache_dir"}
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    return {"gpt2_jax": code_version(), **packages, **settings}
+
+
+def _settled(config: RunConfig, folder: pathlib.Path) -> RunConfig:
+    """The config as the run in `folder` has it, or the model that it starts from."""
+    if not holds_run(folder):
+        return with_vocabulary_of_source(config)
+    stored = read_config(folder)
+    if not config.model.vocab_size:
+        config = with_vocabulary(config, stored.model.vocab_size)
+    check_unchanged(stored, config, folder)
+    return config
+
+
+def _best(
+    config: RunConfig, settings: StepSettings, mesh: Mesh, tokenizer: Tokenizer, folders: RunFolders
+) -> Bundle | None:
+    """The best save, whole, in process 0; all processes must call this together. None in the others."""
+    if not config.checkpoint.export_best:
+        return None
+    with contextlib.closing(Checkpoints(folders.checkpoints)) as checkpoints:
+        step = checkpoints.best_step()
+        if step is None:
+            return None
+        abstract = abstract_state(settings.model, settings.optimizer, mesh, ema=False)
+        params = whole(checkpoints.restore_params(step, abstract.params))
+    if jax.process_index() > 0:
+        return None
+    return Bundle(config.model, params, tokenizer, training_facts(config, folders.run, step))
 
 
 def _check_mirrors(options: RunOptions) -> None:
@@ -178,7 +227,14 @@ def _writers(folder: pathlib.Path, options: RunOptions, config: RunConfig, start
 
 
 def _summary(
-    config: RunConfig, store: TokenStore, batches: TrainBatches, mesh: Mesh, folder: pathlib.Path, start: int
+    config: RunConfig,
+    store: TokenStore,
+    batches: TrainBatches,
+    mesh: Mesh,
+    attention: str,
+    flags: list[str],
+    folder: pathlib.Path,
+    start: int,
 ) -> str:
     device = mesh.local_devices[0]
     steps, batch_size = config.train.steps, config.train.batch_size
@@ -187,13 +243,14 @@ def _summary(
     resumed = f", resumed after step {start}" if start else ""
     return "\n".join(
         [
-            f"run       {folder}{resumed}",
+            f"run       {address_of(folder)}{resumed}",
             f"data      {config.data.source}: {len(store.split('train')):,} training tokens, "
             f"{len(store.split('held_out')):,} held out; tokenizer {store.tokenizer.name}, "
             f"{store.tokenizer.vocab_size:,} ids",
             f"model     {parameter_count(config.model):,} parameters, {config.model.dtype}",
             f"training  {steps:,} steps of {batch_size * config.context_length:,} tokens, {epochs:.3g} epochs",
             f"devices   {device.device_kind}, mesh {axes}",
+            f"compiler  attention {attention}; flags: {'; '.join(flags) or 'none'}",
         ]
     )
 
@@ -201,22 +258,22 @@ def _summary(
 def _farewell(
     config: RunConfig, options: RunOptions, folder: pathlib.Path, losses: dict[int, float], start: int
 ) -> str:
-    lines = []
+    lines, where = [], address_of(folder)
     if start >= config.train.steps:
-        lines.append(f"{folder} was done already: {start} of {config.train.steps} steps")
+        lines.append(f"{where} was done already: {start} of {config.train.steps} steps")
     elif losses:
         lines.append(f"held-out loss {losses[max(losses)]:.4f} after step {max(losses)}")
-    load = f"import gpt2_jax; config, params, tokenizer = gpt2_jax.load({json.dumps(str(folder))}); print(config.model)"
+    load = f"import gpt2_jax; config, params, tokenizer = gpt2_jax.load({json.dumps(where)}); print(config.model)"
     finetune = [
         *options.config_flags,
-        f"--workdir={folder.parent / folder.resolve().name}-finetuned",
-        f"--config.init_from={folder}",
+        f"--workdir={address_of(folder.parent / folder.resolve().name)}-finetuned",
+        f"--config.init_from={where}",
         f"--config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}",
     ]
     if config.checkpoint.export_best:
-        lines.append(f"the best parameters, for transformers and others, {folder / 'huggingface'}")
+        lines.append(f"the best parameters, for transformers and others, {where}/huggingface")
     lines += [
-        f"loss curve {folder / 'loss.png'}, numbers {folder / 'metrics.jsonl'}, samples {folder / 'samples'}",
+        f"loss curve {where}/loss.png, numbers {where}/metrics.jsonl, samples {where}/samples",
         "to use it, or to go on from it with a smaller rate (on your text: --config.data.source=text:GLOB):",
         f"  python -c {shlex.quote(load)}",
         f"  python train.py {shlex.join(finetune)}",

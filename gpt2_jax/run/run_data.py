@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 
-import jax
+from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import values_by_key
@@ -13,10 +13,12 @@ from gpt2_jax.data.token_store import TokenStore, open_token_store
 from gpt2_jax.data.windows import PackedWindows, PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.exchange.huggingface import is_huggingface
+from gpt2_jax.remote_folder import address_of, is_remote
 from gpt2_jax.run.load import load_settings
-from gpt2_jax.run.run_folder import holds_run, read_config, read_data
+from gpt2_jax.run.run_folder import folder_to_read, holds_run, read_config, read_data
+from gpt2_jax.sharding import own_rows
 from gpt2_jax.tokenizer import Tokenizer
-from gpt2_jax.user_paths import cache_folder, expand_user
+from gpt2_jax.user_paths import cache_folder
 
 _MODEL_KEYS = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.n_positions", "model.vocab_size"),
@@ -39,12 +41,12 @@ def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
         return _verified(_configured_store(config))
     known, stored = read_data(folder), read_config(folder)
     same_settings = dataclasses.replace(stored.data, cache_dir="") == dataclasses.replace(config.data, cache_dir="")
-    if same_settings and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
+    if same_settings and not _copied(config) and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
         store = open_token_store(known["folder"])
     else:
         store = _configured_store(config)
     if store.fingerprint != known["fingerprint"]:
-        found = f"{folder} was trained on data {known['fingerprint'][:12]}, {config.data.source} now gives "
+        found = f"{address_of(folder)} was trained on data {known['fingerprint'][:12]}, {config.data.source} now gives "
         found += f"{store.fingerprint[:12]}: bring the old data back, or use another --workdir"
         raise DataError(found) if same_settings else UsageError(found)
     return _verified(store)
@@ -68,7 +70,7 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=chosen or vocab_size))
 
 
-def cut_batches(config: RunConfig, store: TokenStore) -> tuple[TrainBatches, EvaluationBatches]:
+def cut_batches(config: RunConfig, store: TokenStore, mesh: Mesh) -> tuple[TrainBatches, EvaluationBatches]:
     """This host's rows of the training batches, and of the evaluation batches (as large as a microbatch)."""
     train, length = config.train, config.context_length
     train_stream, held_out_stream = store.split("train"), store.split("held_out")
@@ -88,9 +90,11 @@ def cut_batches(config: RunConfig, store: TokenStore) -> tuple[TrainBatches, Eva
             batch_size=train.batch_size,
             seed=config.seed,
             context_lengths=train.context_lengths,
-            rows=_own_rows(train.batch_size),
+            rows=own_rows(mesh, train.batch_size),
         ),
-        EvaluationBatches(held_out_windows, microbatch, max_windows=train.eval_windows, rows=_own_rows(microbatch)),
+        EvaluationBatches(
+            held_out_windows, microbatch, max_windows=train.eval_windows, rows=own_rows(mesh, microbatch)
+        ),
     )
 
 
@@ -120,6 +124,11 @@ def _verified(store: TokenStore) -> TokenStore:
     return store
 
 
+def _copied(config: RunConfig) -> bool:
+    # What is copied from gs:// is checked, and copied anew where it is damaged, by asking for it again.
+    return is_remote(config.data.source.removeprefix("tokens:"))
+
+
 def _tokenizer_path(config: RunConfig) -> str:
     """Where the tokenizer's files are: those of `init_from`, so that its ids mean the same."""
     if not config.init_from:
@@ -128,7 +137,7 @@ def _tokenizer_path(config: RunConfig) -> str:
     check_same_model(config, source)
     if config.tokenizer.name == "bytes" or config.tokenizer.path:
         return config.tokenizer.path
-    source_folder = expand_user(config.init_from)
+    source_folder = folder_to_read(config.init_from)
     if not is_huggingface(source_folder):
         return str(source_folder / "tokenizer")
     # A Hugging Face folder has its tokenizer in other files; the data wants ours.
@@ -138,7 +147,7 @@ def _tokenizer_path(config: RunConfig) -> str:
 
 
 def _source_settings(config: RunConfig) -> tuple[RunConfig, Tokenizer]:
-    if not (expand_user(config.init_from) / "config.json").is_file():
+    if not (folder_to_read(config.init_from) / "config.json").is_file():
         raise UsageError(
             f"init_from={config.init_from}: no model there (no config.json); name a run folder or a Hugging Face one"
         )
@@ -157,8 +166,3 @@ def check_same_model(config: RunConfig, source: RunConfig) -> None:
             f"{', '.join(str(found[key]) for key in differ)}; give "
             f"{' '.join(f'--config.{key}={found[key]}' for key in differ)}"
         )
-
-
-def _own_rows(batch_size: int) -> slice:
-    rows = batch_size // jax.process_count()
-    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)

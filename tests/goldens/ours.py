@@ -18,7 +18,7 @@ from gpt2_jax.data.token_store import Shard, TokenStream
 from gpt2_jax.data.windows import PackedWindows
 from gpt2_jax.exchange.names import params_from_tensors, tensors, tensors_from_params
 from gpt2_jax.model.gpt2 import GPT2, Params
-from gpt2_jax.run.run import make_settings
+from gpt2_jax.run.step_settings import make_settings
 from gpt2_jax.sharding import make_mesh, place_batch, use_mesh
 from gpt2_jax.training.steps import train_step
 from gpt2_jax.training.train_state import sharded_state

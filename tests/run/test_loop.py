@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.config import MeshConfig, ModelConfig, OptimizerConfig
-from gpt2_jax.errors import DivergedError
+from gpt2_jax.errors import DivergedError, PreemptedError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.run import loop
 from gpt2_jax.run.interrupt import interrupt_held_back
@@ -203,6 +203,36 @@ def test_float16_skips_until_there_is_nothing_left_to_halve() -> None:
     assert [(step, scale) for step, scale, _ in seen] == [(1, 4.0), (2, 2.0)]
     for _, _, interval in seen:
         assert (interval.skipped, interval.weight_sum, interval.loss_sum) == (1, 0, 0)
+
+
+# SIGTERM
+
+
+def test_asked_for_room_the_loop_saves_its_step_and_leaves() -> None:
+    done: list[str] = []
+    asked: list[int] = []
+
+    def preempted(step: int) -> bool:
+        asked.append(step)
+        return step == 2
+
+    with pytest.raises(PreemptedError, match="step 2 is saved") as raised:
+        run(
+            first_state(),
+            4,
+            advance=lambda step: done.append(f"read {step}"),
+            actions=(Action(2, lambda step, state: done.append(f"evaluate {step}")),),
+            preempted=preempted,
+            save=lambda step, state: done.append(f"save {step} {int(state.step)}"),
+        )
+    assert raised.value.exit_code == 75
+    assert asked == [1, 2]
+    assert done == ["read 1", "read 2", "evaluate 2", "save 2 2"]
+
+
+def test_the_last_step_is_no_place_to_leave() -> None:
+    state = run(first_state(), 2, preempted=lambda step: step == 2, save=lambda step, state: pytest.fail("saved twice"))
+    assert int(state.step) == 2
 
 
 # Ctrl-C

@@ -1,0 +1,53 @@
+"""What a run's config means for its compiled steps: model, optimizer, and the choices that depend on devices."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh
+
+from gpt2_jax.config import RunConfig
+from gpt2_jax.model.attention_kernels import choose_attention
+from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size
+from gpt2_jax.training.loss import choose_chunk
+from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.training.steps import StepSettings
+
+
+def with_attention(config: RunConfig, device: jax.Device) -> tuple[RunConfig, str]:
+    """The config with `model.attention` as it will run on such devices, and why, for the log.
+
+    Raises:
+      UsageError: a path that is configured by name cannot run.
+    """
+    model = config.model
+    chosen, reason = choose_attention(
+        model.attention,
+        device,
+        dtype=model.dtype,
+        head_dim=model.n_embd // model.n_head,
+        length=math.gcd(config.context_length, *config.train.context_lengths),
+        attn_dropout=model.attn_pdrop,
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention=chosen)), reason
+
+
+def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
+    """The model, optimizer and compile-time choices of a run; `model.vocab_size` must be filled in."""
+    train_config = config.train
+    chunk = train_config.loss_chunk
+    if not chunk:
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        tokens = train_config.batch_size // train_config.microbatches // shards * config.context_length
+        vocab_rows = padded_vocab_size(config.model.vocab_size) // mesh.shape["tensor"]
+        # The evaluation goes through the full context, whatever lengths training draws.
+        chunk = choose_chunk(tokens, (*train_config.context_lengths, config.context_length), vocab_rows)
+    return StepSettings(
+        model=GPT2(config.model),
+        optimizer=make_optimizer(config.optimizer, train_config.steps),
+        schedule=learning_rate_schedule(config.optimizer, train_config.steps),
+        seed=config.seed,
+        microbatches=train_config.microbatches,
+        loss_chunk=chunk,
+        ema_decay=config.optimizer.ema_decay,
+    )
