@@ -1,5 +1,6 @@
 """Shared fixtures; eight CPU devices, so that meshes can be tested without hardware."""
 
+import importlib.util
 import os
 import pathlib
 import signal
@@ -32,3 +33,9 @@ def _programs_are_dropped() -> Iterator[None]:
     """Each compiled program has memory mappings, and a process may have 65,530 of them before XLA crashes."""
     yield
     jax.clear_caches()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that compile for TPUs need the compiler."""
+    if item.get_closest_marker("tpu") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install 'gpt2-jax[tpu]'")

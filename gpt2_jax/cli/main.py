@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gpt2_jax.cli.guard import guarded
+from gpt2_jax.cli.overrides import parse_overrides
 from gpt2_jax.errors import UsageError
 
 # Name: (module, what it does). A module is imported only when its command is run; it has
@@ -16,7 +17,10 @@ COMMANDS = {
     "generate": ("gpt2_jax.cli.generate", "write text with a trained model"),
     "export": ("gpt2_jax.cli.export", "write a model in another program's format"),
     "import": ("gpt2_jax.cli.import_model", "read another program's model into a Hugging Face folder"),
+    "plan": ("gpt2_jax.cli.plan", "memory, time and cost of a run on hardware that is not here"),
 }
+# Commands that take --config.SECTION.KEY=VALUE, which they find in arguments.overrides.
+_WITH_OVERRIDES = ("plan",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +43,11 @@ def _dispatch(arguments: list[str]) -> int:
         module = importlib.import_module(module_name)
         parser = _Parser(prog=f"gpt2-jax {name}", description=summary, allow_abbrev=False)
         module.add_arguments(parser)
-        return module.run(parser.parse_args(arguments[1:]))
+        if name not in _WITH_OVERRIDES:
+            return module.run(parser.parse_args(arguments[1:]))
+        parsed, rest = parser.parse_known_args(arguments[1:])
+        parsed.overrides = parse_overrides(rest, sorted(parser._option_string_actions))
+        return module.run(parsed)
     parser = _Parser(
         prog="gpt2-jax",
         usage="gpt2-jax COMMAND [--help] ...",
