@@ -6,19 +6,20 @@ The model names the logical axes of its arrays; only this file knows devices. Nu
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt2_jax.config import MeshConfig, ModelConfig, RunConfig
 from gpt2_jax.errors import UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+_AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 # Logical axis -> mesh axes that split it. A parameter's "embed" axis is split over fsdp; activations leave their
 # width whole (None), because their batch is split over fsdp already. Between the blocks activations are split along
@@ -50,19 +51,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         be cut into this shape.
     """
     devices = jax.devices() if devices is None else devices
+    shape = [*mesh_sizes(config, len(devices)).values()]
+    # Auto: XLA propagates the shardings. (The default, Explicit, does not work with Linen.)
+    return Mesh(_arranged(devices, shape, config.dcn_data), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh of these sizes without devices: enough for shapes, shardings and arithmetic."""
+    return AbstractMesh(tuple(sizes[axis] for axis in MESH_AXES), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices along each axis, -1 filled in and the slices counted into `data`.
+
+    Raises:
+      UsageError: the product of the axes does not fit the number of devices.
+    """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    slices = config.dcn_data
-    given = slices * math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % given or (-1 not in sizes.values() and given != len(devices)):
-        axes = {**sizes, "dcn_data": slices} if slices > 1 else sizes
+    given = config.dcn_data * math.prod(size for size in sizes.values() if size != -1)
+    if devices % given or (-1 not in sizes.values() and given != devices):
+        axes = {**sizes, "dcn_data": config.dcn_data} if config.dcn_data > 1 else sizes
         wanted = ", ".join(f"mesh.{axis}={size}" for axis, size in axes.items())
         raise UsageError(
-            f"{wanted} make {given} devices of {len(devices)}: their product must be {len(devices)}, or divide it "
-            "with one axis -1"
+            f"{wanted} make {given} devices of {devices}: their product must be {devices}, or divide it with one "
+            "axis -1"
         )
-    shape = [len(devices) // given if size == -1 else size for size in sizes.values()]
-    # Auto: XLA propagates the shardings. (The default, Explicit, does not work with Linen.)
-    return Mesh(_arranged(devices, shape, slices), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    filled = {axis: devices // given if size == -1 else size for axis, size in sizes.items()}
+    return {**filled, "data": filled["data"] * config.dcn_data}
 
 
 def _arranged(devices: Sequence[jax.Device], shape: list[int], slices: int) -> np.ndarray:
@@ -73,10 +88,11 @@ def _arranged(devices: Sequence[jax.Device], shape: list[int], slices: int) -> n
                 raise UsageError(
                     f"mesh.dcn_data={slices}, but the devices are in {len(found)} slices; give that number"
                 )
-            return mesh_utils.create_hybrid_device_mesh(shape, (slices, 1, 1), devices)
+            return mesh_utils.create_hybrid_device_mesh(
+                [shape[0] // slices, *shape[1:]], (slices, 1, 1), devices, allow_split_physical_axes=True
+            )
         # Devices that know no slices (CPU, GPU): each consecutive part stands for one.
-        whole = [shape[0] * slices, *shape[1:]]
-        return mesh_utils.create_device_mesh(whole, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     except NotImplementedError:
         size = "x".join(map(str, shape))
         raise UsageError(

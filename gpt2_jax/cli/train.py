@@ -1,7 +1,6 @@
 """Flags of `train.py`: config file and overrides -> RunConfig -> `gpt2_jax.run.run`."""
 
 import argparse
-import difflib
 import pathlib
 import sys
 import traceback
@@ -10,6 +9,7 @@ from typing import Any, NoReturn
 
 from gpt2_jax.cli.compile_cache_flag import add_compile_cache_flag, compile_cache_folder
 from gpt2_jax.cli.guard import guarded
+from gpt2_jax.cli.overrides import parse_overrides
 from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import UsageError
@@ -87,7 +87,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     _add_host_flags(parser)
     flags, rest = parser.parse_known_args(argv)
     _check_host_flags(flags)
-    return flags, _overrides(rest, sorted(parser._option_string_actions))
+    return flags, parse_overrides(rest, sorted(parser._option_string_actions))
 
 
 def _add_host_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,23 +142,6 @@ def _check_host_flags(flags: argparse.Namespace) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
-
-
-def _overrides(rest: list[str], known: list[str]) -> dict[str, str]:
-    overrides = {}
-    words = iter(rest)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if not flag.startswith("--config."):
-            near = difflib.get_close_matches(flag, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}, --config.SECTION.KEY"
-            raise UsageError(f"unknown argument {word!r}; {hint}")
-        if not equals:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise UsageError(f"{flag} has no value: write {flag}=VALUE")
-        overrides[flag.removeprefix("--config.")] = value
-    return overrides
 
 
 def _profile_steps(text: str) -> tuple[int, int] | None:

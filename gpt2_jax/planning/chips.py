@@ -52,7 +52,8 @@ class Chip:
 # TPUs: the pages "TPU v4", "v5e", "v5p", "v6e", "TPU7x" of docs.cloud.google.com/tpu/docs (read in 2025). They give
 # the ICI of a chip in both directions, over 4 links (v5e, v6e) or 6; the DCN is that of a host or pod over its chips.
 # GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200, B200 (180 GB as DGX has it) and L4; the network is one
-# port of 400 Gbit/s per GPU (A100: 200, L4: 100).
+# port of 400 Gbit/s per GPU (A100: 200, L4: 100). v4, the GPUs, and the bandwidths of tpu7x were entered without these
+# pages at hand: check them before you rely on them.
 CHIPS = {
     chip.name: chip
     for chip in (

@@ -16,8 +16,7 @@ from jax.sharding import PartitionSpec
 from gpt2_jax.config import ModelConfig, OptimizerConfig, RunConfig
 from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size
 from gpt2_jax.planning.flops import is_fused
-from gpt2_jax.planning.mesh import abstract_mesh
-from gpt2_jax.sharding import MESH_AXES
+from gpt2_jax.sharding import MESH_AXES, abstract_mesh
 from gpt2_jax.training.optimizer import make_optimizer
 from gpt2_jax.training.train_state import abstract_state
 

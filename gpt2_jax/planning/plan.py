@@ -12,12 +12,11 @@ from gpt2_jax.planning.chips import Machine
 from gpt2_jax.planning.compile import Compiled
 from gpt2_jax.planning.flops import flops_table, step_products
 from gpt2_jax.planning.memory import Memory, estimated_temporaries, state_bytes
-from gpt2_jax.planning.mesh import abstract_mesh, mesh_sizes
 from gpt2_jax.planning.roofline import Roofline, make_roofline
 from gpt2_jax.planning.traffic import Traffic, expected_traffic, memory_traffic
 from gpt2_jax.run.hardware import flops_per_token
 from gpt2_jax.run.step_settings import make_settings, with_attention
-from gpt2_jax.sharding import check_divisible
+from gpt2_jax.sharding import abstract_mesh, check_divisible, mesh_sizes
 
 GPT2_VOCABULARY = 50257
 

@@ -13,8 +13,8 @@ from gpt2_jax.user_paths import expand_user
 # Dollars per chip and hour.
 PRICES: dict[str, float] = {"v4": 3.22, "v5e": 1.20, "v5p": 4.20, "v6e": 2.70}
 SOURCE = (
-    "list prices of 2025 on demand in the United States (cloud.google.com/tpu/pricing); they change, and few pay them: "
-    "edit them"
+    "rough on-demand prices in the United States in 2025, not checked against today's list "
+    "(cloud.google.com/tpu/pricing); few pay them: edit them"
 )
 
 
