@@ -26,6 +26,7 @@ _AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 # "sequence"; where attention and MLP split heads and "mlp", they have the whole "length".
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "replicas": ("data",),
     "length": (),
     "sequence": ("tensor",),
     "embed": ("fsdp",),

@@ -76,7 +76,8 @@ def started(
 ) -> Iterator[list[subprocess.Popen]]:
     """As many processes as `folders`, of `count` that are told to come; ended with the block."""
     address = free_address()
-    environment = {**tiny.environment(), "JAX_NUM_CPU_DEVICES": "1"}
+    # With what XLA logs the pipe would be full before anybody reads it.
+    environment = {**tiny.environment(), "JAX_NUM_CPU_DEVICES": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     processes = []
     with contextlib.ExitStack() as stack:
         for index, folder in enumerate(folders):

@@ -1,8 +1,9 @@
 """Next-token cross-entropy as a sum and a weight, so that parts add up exactly.
 
-Shapes: B batch, T length, C chunks, N tokens, D width, V' padded vocabulary.
+Shapes: B batch, S devices that share it, T length, C positions of a chunk, D width, V' padded vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from gpt2_jax.model.gpt2 import logits_from_hidden
 from gpt2_jax.model.layers import as_rows
+from gpt2_jax.sharding import axis_size, constrain, relayout
 
 # Logits of one device that are allowed to exist at a time before the loss goes through them in chunks.
 DENSE_LOGITS_BYTES = 512 * 2**20
@@ -40,15 +42,24 @@ def cross_entropy_sums(
     if chunk in (0, T):
         return _sums(x_BTD, wte_VD, targets_BT, weights_BT, vocab_size)
 
+    # Each device that has rows of its own has a table of its own too, whose gradients it adds up over the chunks: they
+    # are summed over devices once, after the last one, by each device its part of the width.
+    S = axis_size("batch")
+    wte_SVD = jnp.broadcast_to(wte_VD, (S, *wte_VD.shape))
+    wte_SVD = relayout(wte_SVD, ("batch", "vocab", None), ("replicas", "vocab", "embed"))
+    wte_SVD = constrain(wte_SVD, "batch", "vocab", None)  # and its gradient, until the last chunk
+
     @jax.checkpoint
-    def add_chunk(sums: tuple[jax.Array, jax.Array], chunk_BC: tuple[jax.Array, ...]) -> tuple:
-        x_BCD, targets_BC, weights_BC = chunk_BC
-        loss, weight = _sums(x_BCD, wte_VD, targets_BC, weights_BC, vocab_size)
-        return (sums[0] + loss, sums[1] + weight), None
+    def add_chunk(sums: tuple[jax.Array, jax.Array], chunk_SBC: tuple[jax.Array, ...]) -> tuple:
+        x_SBCD, targets_SBC, weights_SBC = chunk_SBC
+        loss_S, weight_S = jax.vmap(functools.partial(_sums, vocab_size=vocab_size))(
+            x_SBCD, wte_SVD, targets_SBC, weights_SBC
+        )
+        return (sums[0] + loss_S.sum(), sums[1] + weight_S.sum()), None
 
     # Split along the length, not the batch: the batch stays spread over the devices.
     chunks = tuple(
-        jnp.moveaxis(array.reshape(B, T // chunk, chunk, *array.shape[2:]), 1, 0)
+        jnp.moveaxis(array.reshape(S, B // S, T // chunk, chunk, *array.shape[2:]), 2, 0)
         for array in (x_BTD, targets_BT, weights_BT)
     )
     exact = jnp.promote_types(x_BTD.dtype, jnp.float32)

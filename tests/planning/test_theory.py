@@ -23,27 +23,28 @@ MODEL = ModelConfig(
 )  # fmt: skip
 PARAMETERS = 2 * parameter_count(MODEL)  # bytes, in the type of the products
 SLACK = 1.25
+Moved = dict[tuple[tuple[str, ...], str], int]  # by axes and kind
 SIZES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "collective-permute": 1}
 
 
 @functools.cache
-def moved(data: int, fsdp: int, tensor: int, remat: str = "none") -> dict[tuple[tuple[str, ...], str], int]:
+def moved(data: int, fsdp: int, tensor: int, remat: str = "none", loss_chunk: int = 0) -> Moved:
     """Bytes per axes and kind in one step on 16 chips."""
     config = RunConfig(
         model=ModelConfig(**{**vars(MODEL), "remat": remat}),
-        train=TrainConfig(batch_size=B),
+        train=TrainConfig(batch_size=B, loss_chunk=loss_chunk),
         mesh=MeshConfig(data, fsdp, tensor),
     )
     (topology,) = parse_topologies("v5e:4x4")
     mesh = make_mesh(config.mesh, devices(topology))
-    total: dict[tuple[tuple[str, ...], str], int] = {}
+    total: Moved = {}
     for one in read_collectives(lower_train(config, mesh).compile().as_text()):
         key = (axes_of(one, mesh), one.kind)
         total[key] = total.get(key, 0) + SIZES[one.kind] * one.payload_bytes * one.executions
     return total
 
 
-def along(axis: str, total: dict[tuple[tuple[str, ...], str], int]) -> int:
+def along(axis: str, total: Moved) -> int:
     return sum(size for (axes, _), size in total.items() if axis in axes)
 
 
@@ -53,10 +54,12 @@ def test_data_parallelism_reduces_gradients_once() -> None:
     assert 2 * PARAMETERS <= along("data", total) <= SLACK * 2 * PARAMETERS
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_fsdp_gathers_once_per_pass_and_scatters_once(remat: str) -> None:
-    total = moved(1, 16, 1, remat)
-    gathered, scattered = total[("fsdp",), "all-gather"], total[("fsdp",), "reduce-scatter"]
+@pytest.mark.parametrize(("remat", "loss_chunk"), [("none", 0), ("dots", 0), ("full", 0), ("full", T // 4)])
+def test_fsdp_gathers_once_per_pass_and_scatters_once(remat: str, loss_chunk: int) -> None:
+    total = moved(1, 16, 1, remat, loss_chunk)
+    gathered = total[("fsdp",), "all-gather"]
+    # Of the token table, by all-to-all and a sum.
+    scattered = total[("fsdp",), "reduce-scatter"] + total[("fsdp",), "all-to-all"]
     # Forwards and backwards (recomputing is part of that); the token table, here a fifth of all, once.
     assert 1.5 * PARAMETERS <= gathered <= SLACK * 2 * PARAMETERS
     assert 0.9 * PARAMETERS <= scattered <= SLACK * PARAMETERS
@@ -73,3 +76,12 @@ def test_tensor_parallelism_needs_four_all_reduces_per_layer() -> None:
     # Each device has a quarter of the parameters to gather and to scatter.
     fsdp = sum(size for (axes, _), size in total.items() if axes == ("fsdp",))
     assert fsdp <= SLACK * 3 * PARAMETERS / 4
+
+
+def test_attention_is_a_kernel_on_a_tpu() -> None:
+    model = ModelConfig(**{**vars(MODEL), "attention": "auto"})
+    (topology,) = parse_topologies("v5e:2x2")
+    config = RunConfig(model=model, train=TrainConfig(batch_size=4), mesh=MeshConfig(1, 2, 2))
+    program = lower_train(config, make_mesh(config.mesh, devices(topology))).compile().as_text()
+    assert program.count("tpu_custom_call") >= 2  # forwards and backwards
+    assert f"[2,2,{T},{T}]" not in program  # the scores of a device
