@@ -1,10 +1,11 @@
 """GPT-3 175B (96 layers, width 12288, 96 heads, context 2048), for planning: what would it take?
 
     gpt2-jax plan --config=configs/gpt3_175b.py --topology=v5p:8x8x8
+    python train.py --config=configs/gpt3_175b.py --workdir=gs://BUCKET/runs/gpt3    # on such a slice
 
 Shape, batch, rate and tokens are those of Brown et al. 2020, "Language Models are Few-Shot Learners", table 2.1:
-3.2 million tokens per step (here 1536 windows of 2048), 300 billion in all. GPT-3 alternates dense and banded
-attention; here it is dense. The mesh suits 512 devices; on others set mesh.tensor and train.microbatches.
+3.2 million (here 3,145,728 tokens per step, 1536 windows of 2048), 300 billion in all. GPT-3 alternates dense and
+banded attention; here it is dense. The mesh suits 512 devices; on others set mesh.tensor and train.microbatches.
 """
 
 from gpt2_jax.config import (

@@ -22,6 +22,7 @@ from gpt2_jax.run.rendezvous import free_address
 STEPS = TINY["train.steps"]
 ROWS = TINY["train.batch_size"]
 SECONDS = 300
+LONG = {"train.steps": 100000, "train.eval_every": 100000, "train.sample_every": 100000, "checkpoint.every": 100000}
 
 # train.py, which notes in a file which window of the text it reads for which step.
 NOTING = """
@@ -226,7 +227,7 @@ def test_disks_of_their_own_with_checkpoints_in_one_place(
 @pytest.mark.slow
 def test_when_one_is_killed_the_other_ends_soon(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "run"
-    with started(tiny, 2, [folder, folder], [{"train.steps": 100000}] * 2) as processes:
+    with started(tiny, 2, [folder, folder], [LONG] * 2) as processes:
         wait_for(lambda: '"step": 25,' in written(folder / "metrics.jsonl"), processes)
         processes[1].kill()
         start = time.monotonic()
@@ -237,7 +238,7 @@ def test_when_one_is_killed_the_other_ends_soon(tiny: Workshop, tmp_path: pathli
 @pytest.mark.slow
 def test_an_error_in_one_process_ends_the_other_soon(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "run"
-    with started(tiny, 2, [folder, folder], [{"train.steps": 100000, "checkpoint.every": 100000}] * 2) as processes:
+    with started(tiny, 2, [folder, folder], [LONG] * 2) as processes:
         wait_for(lambda: '"step": 25,' in written(folder / "metrics.jsonl"), processes)
         processes[1].send_signal(signal.SIGINT)
         start = time.monotonic()

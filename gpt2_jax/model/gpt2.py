@@ -29,7 +29,6 @@ from gpt2_jax.sharding import constrain, relayout, sequence_axis
 
 Params = dict[str, Any]
 
-_WHOLE_ROWS = ("vocab", None)
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention_saveable
@@ -55,15 +54,6 @@ def logits_from_hidden(x: jax.Array, wte_VD: jax.Array, vocab_size: int) -> jax.
     logits = jnp.einsum("...d,vd->...v", x, wte_VD.astype(x.dtype), preferred_element_type=exact)
     real_V = jnp.arange(wte_VD.shape[0]) < vocab_size
     return jnp.where(jnp.expand_dims(real_V, range(x.ndim - 1)), logits, -jnp.inf)
-
-
-def gathered_table(params: Params) -> Params:
-    """The parameters with the token table gathered over fsdp, once for both of its uses and the sum of their gradients.
-
-    In float32, in which the gradient of a token that is frequent can be summed.
-    """
-    embedding = relayout(params["wte"]["embedding"], _WHOLE_ROWS, ("vocab", "embed"))
-    return {**params, "wte": {"embedding": embedding}}
 
 
 class _Table(nn.Module):
@@ -114,15 +104,21 @@ class GPT2(nn.Module):
         self.ln_f = LayerNorm(config.layer_norm_epsilon, jnp.dtype(config.dtype), config.bias)
         self.dropout = nn.Dropout(config.embd_pdrop)
 
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """The residual stream before the first layer, `[B, T, D]`; B of the positions may be 1."""
+    def embed(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, token_rows_BTD: jax.Array | None = None
+    ) -> jax.Array:
+        """The residual stream before the first layer, `[B, T, D]`; B of the positions may be 1.
+
+        `token_rows_BTD` are the tokens' rows of the table, where they have been looked up already.
+        """
         dtype = jnp.dtype(self.config.dtype)
-        # Along whole rows: XLA handles a table that is split along its width badly.
-        wte_VD = relayout(self.wte.embedding, _WHOLE_ROWS, None)
+        if token_rows_BTD is None:
+            # Along whole rows: XLA handles a table that is split along its width badly.
+            token_rows_BTD = constrain(self.wte.embedding, "vocab", None)[tokens_BT]
         wpe_PD = relayout(self.wpe.embedding, (None, None), ("positions", "embed"))
         split, whole = ("batch", sequence_axis(tokens_BT.shape[1]), None), ("batch", "length", None)
         # Each device looks up the ids that it has; the sum over devices is then split along the context.
-        x_BTD = relayout(constrain(wte_VD[tokens_BT].astype(dtype), *whole), split, whole)
+        x_BTD = relayout(constrain(token_rows_BTD.astype(dtype), *whole), split, whole)
         return x_BTD + constrain(wpe_PD[positions_BT].astype(dtype), None, split[1], None)
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array:
@@ -130,9 +126,11 @@ class GPT2(nn.Module):
         split = ("batch", sequence_axis(x_BTD.shape[1]), None)
         return relayout(self.ln_f(x_BTD), ("batch", "length", None), split)
 
-    def hidden_states(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key."""
-        x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None])
+    def hidden_states(
+        self, tokens_BT: jax.Array, token_rows_BTD: jax.Array | None = None, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key. See `embed`."""
+        x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None], token_rows_BTD)
         x_BTD = self.dropout(x_BTD, deterministic=deterministic)
         x_BTD, _ = self.h(x_BTD, deterministic)
         return self.normalize(x_BTD)

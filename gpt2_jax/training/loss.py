@@ -1,9 +1,9 @@
 """Next-token cross-entropy as a sum and a weight, so that parts add up exactly.
 
-Shapes: B batch, S devices that share it, T length, C positions of a chunk, D width, V' padded vocabulary.
+Shapes: S shares of the batch, B rows (of a share, after S), T length, C positions of a chunk, D width,
+V' padded vocabulary.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from gpt2_jax.model.gpt2 import logits_from_hidden
 from gpt2_jax.model.layers import as_rows
-from gpt2_jax.sharding import axis_size, constrain, relayout
 
 # Logits of one device that are allowed to exist at a time before the loss goes through them in chunks.
 DENSE_LOGITS_BYTES = 512 * 2**20
@@ -20,7 +19,7 @@ DENSE_LOGITS_BYTES = 512 * 2**20
 
 def cross_entropy_sums(
     x_BTD: jax.Array,
-    wte_VD: jax.Array,
+    wte_SVD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
@@ -31,36 +30,27 @@ def cross_entropy_sums(
 
     Args:
       x_BTD: final hidden states.
-      wte_VD: token table with its padding rows, which take no part in the softmax.
+      wte_SVD: token table with its padding rows, which take no part in the softmax, one for each share of the batch
+        (`model/token_table.py`).
       targets_BT: ids below vocab_size.
       weights_BT: 0 leaves a position out.
       vocab_size: rows of the table that are tokens.
       chunk: positions of a row whose logits exist at a time (a divisor of T); 0: all. Smaller chunks need less memory
         and compute the logits once more in the backward pass; the value is the same.
     """
-    B, T = targets_BT.shape
+    S, T = len(wte_SVD), targets_BT.shape[1]
+    shares = tuple(array.reshape(S, -1, *array.shape[1:]) for array in (x_BTD, targets_BT, weights_BT))
     if chunk in (0, T):
-        return _sums(x_BTD, wte_VD, targets_BT, weights_BT, vocab_size)
-
-    # Each device that has rows of its own has a table of its own too, whose gradients it adds up over the chunks: they
-    # are summed over devices once, after the last one, by each device its part of the width.
-    S = axis_size("batch")
-    wte_SVD = jnp.broadcast_to(wte_VD, (S, *wte_VD.shape))
-    wte_SVD = relayout(wte_SVD, ("batch", "vocab", None), ("replicas", "vocab", "embed"))
-    wte_SVD = constrain(wte_SVD, "batch", "vocab", None)  # and its gradient, until the last chunk
+        return _sums(wte_SVD, shares, vocab_size)
 
     @jax.checkpoint
     def add_chunk(sums: tuple[jax.Array, jax.Array], chunk_SBC: tuple[jax.Array, ...]) -> tuple:
-        x_SBCD, targets_SBC, weights_SBC = chunk_SBC
-        loss_S, weight_S = jax.vmap(functools.partial(_sums, vocab_size=vocab_size))(
-            x_SBCD, wte_SVD, targets_SBC, weights_SBC
-        )
-        return (sums[0] + loss_S.sum(), sums[1] + weight_S.sum()), None
+        loss, weight = _sums(wte_SVD, chunk_SBC, vocab_size)
+        return (sums[0] + loss, sums[1] + weight), None
 
     # Split along the length, not the batch: the batch stays spread over the devices.
     chunks = tuple(
-        jnp.moveaxis(array.reshape(S, B // S, T // chunk, chunk, *array.shape[2:]), 2, 0)
-        for array in (x_BTD, targets_BT, weights_BT)
+        jnp.moveaxis(array.reshape(*array.shape[:2], T // chunk, chunk, *array.shape[3:]), 2, 0) for array in shares
     )
     exact = jnp.promote_types(x_BTD.dtype, jnp.float32)
     sums, _ = jax.lax.scan(add_chunk, (jnp.zeros((), exact), jnp.zeros((), weights_BT.dtype)), chunks)
@@ -84,15 +74,19 @@ def choose_chunk(tokens: int, lengths: Sequence[int], vocab_rows: int, itemsize:
     return max(chunk for chunk in range(1, common + 1) if common % chunk == 0 and chunk <= max(1, fitting))
 
 
-def _sums(
-    x_BTD: jax.Array, wte_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    # Tokens in one row [N], but [B, T] where tensor parallelism splits the context.
-    x = as_rows(x_BTD)
-    targets, weights = targets_BT.reshape(x.shape[:-1]), weights_BT.reshape(x.shape[:-1])
-    logits = logits_from_hidden(x, wte_VD, vocab_size)
-    # The target's logit by comparison, not by a gather: it splits over the vocabulary and needs no scatter backwards.
-    ids = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
-    target = jnp.where(ids == targets[..., None], logits, 0).sum(axis=-1)
-    loss = jax.nn.logsumexp(logits, axis=-1) - target
-    return (loss * weights).sum(), weights.sum()
+def _sums(wte_SVD: jax.Array, shares: tuple[jax.Array, ...], vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Loss and weight of hidden states, targets and weights, each with S as its first axis."""
+
+    def of_share(wte_VD: jax.Array, x_BTD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> tuple:
+        # Tokens in one row [N], but [B, T] where tensor parallelism splits the context.
+        x = as_rows(x_BTD)
+        targets, weights = targets_BT.reshape(x.shape[:-1]), weights_BT.reshape(x.shape[:-1])
+        logits = logits_from_hidden(x, wte_VD, vocab_size)
+        # The target's logit by comparison, not a gather: it splits over the vocabulary and needs no scatter backwards.
+        ids = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(targets.ndim))
+        target = jnp.where(ids == targets[..., None], logits, 0).sum(axis=-1)
+        loss = jax.nn.logsumexp(logits, axis=-1) - target
+        return (loss * weights).sum(), weights.sum()
+
+    loss_S, weight_S = jax.vmap(of_share)(wte_SVD, *shares)
+    return loss_S.sum(), weight_S.sum()

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt2_jax.model.gpt2 import GPT2, Params, gathered_table
+from gpt2_jax.model.gpt2 import GPT2, Params
+from gpt2_jax.model.token_table import look_up, table_per_share
 from gpt2_jax.training.loss import cross_entropy_sums
 from gpt2_jax.training.loss_scale import adjust, all_finite
 from gpt2_jax.training.optimizer import updates_done
@@ -49,17 +50,18 @@ def loss_sums(
     model: GPT2, params: Params, batch: Batch, *, loss_chunk: int = 0, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Summed loss in nats and summed weight of a batch; no dropout without a key."""
-    params = gathered_table(params)
+    wte_SVD = table_per_share(params["wte"]["embedding"])
     x_BTD: Any = model.apply(
         {"params": params},
         batch["tokens"],
+        look_up(wte_SVD, batch["tokens"]),
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden_states",
     )
     return cross_entropy_sums(
         x_BTD,
-        params["wte"]["embedding"],
+        wte_SVD,
         batch["targets"],
         batch["weights"],
         vocab_size=model.config.vocab_size,

@@ -153,7 +153,8 @@ def test_scores(model: pathlib.Path) -> None:
 def test_a_mesh(model: pathlib.Path) -> None:
     flags = ("--model", model, "--prompt=12 plus", "--prompt=3", "--max_new_tokens=8", GREEDY)
     assert here(*flags, "--data=4", "--tensor=2").out == here(*flags).out
-    refused(here(*flags, "--tensor=4"), "n_head = 2", "mesh.tensor = 4")
+    assert here(*flags, "--data=2", "--tensor=4").out == here(*flags).out  # two heads on four devices
+    refused(here(*flags, "--tensor=7"), "n_embd = ", "mesh.tensor = 7")
     refused(here(*flags, "--data=64"), "64 devices asked for; 8 here")
 
 

@@ -262,7 +262,7 @@ def test_settings_of_the_generator_that_cannot_be_used() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"chunk": 0}, "chunk=0"),
         ({"dtype": "int8"}, "dtype=int8"),
-        ({"mesh": decoding_mesh(MeshConfig(data=1, tensor=8), jax.devices())}, "n_head = 4 .*mesh.tensor = 8"),
+        ({"mesh": decoding_mesh(MeshConfig(data=1, tensor=7), jax.devices())}, "n_embd = .*mesh.tensor = 7"),
     ):
         with pytest.raises(UsageError, match=fragment):
             generator(**asked)

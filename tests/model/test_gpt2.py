@@ -84,7 +84,7 @@ def loss_and_gradients(config: ModelConfig, params: Any, batch: Any, dropout_key
             method="hidden_states",
         )
         table_VD = params["wte"]["embedding"]
-        total, weight = cross_entropy_sums(x_BTD, table_VD, targets_BT, weights_BT, vocab_size=V, chunk=0)
+        total, weight = cross_entropy_sums(x_BTD, table_VD[None], targets_BT, weights_BT, vocab_size=V, chunk=0)
         return total / weight
 
     return jax.jit(jax.value_and_grad(loss))(params, *batch)

@@ -194,11 +194,14 @@ def test_sigterm_is_noted_and_its_handler_given_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+LONG = {"train.steps": 100000, "train.eval_every": 100000, "train.sample_every": 100000}
+
+
 @pytest.mark.slow
 def test_sigterm_saves_in_one_process_with_and_without_a_coordinator(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     for flags in ((), ("--no_distributed",)):
         folder = tmp_path / f"run{len(flags)}"
-        process = tiny.start(folder, {"train.steps": 100000}, *flags, "--compile_cache=off")  # whose log fills the pipe
+        process = tiny.start(folder, LONG, *flags, "--compile_cache=off")  # whose log fills the pipe
         try:
             end = time.monotonic() + 120
             metrics = folder / "metrics.jsonl"
@@ -206,7 +209,7 @@ def test_sigterm_saves_in_one_process_with_and_without_a_coordinator(tiny: Works
                 assert time.monotonic() < end
                 time.sleep(0.05)
             process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=200)
         finally:
             process.kill()
         assert process.returncode == 75, err

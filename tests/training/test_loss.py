@@ -38,7 +38,7 @@ def arrays(seed: int = 0) -> tuple[Any, Any, Any, Any]:
 @functools.partial(jax.jit, static_argnames="chunk")
 def sums_and_gradients(x_BTD: Any, table_VD: Any, targets_BT: Any, weights_BT: Any, *, chunk: int) -> Any:
     def loss_sum(x_BTD: Any, table_VD: Any) -> Any:
-        return cross_entropy_sums(x_BTD, table_VD, targets_BT, weights_BT, vocab_size=V, chunk=chunk)
+        return cross_entropy_sums(x_BTD, table_VD[None], targets_BT, weights_BT, vocab_size=V, chunk=chunk)
 
     return jax.value_and_grad(loss_sum, argnums=(0, 1), has_aux=True)(x_BTD, table_VD)
 
