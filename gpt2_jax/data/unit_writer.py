@@ -109,7 +109,7 @@ class _ShardWriter:
         if not self._lengths:
             return None
         lengths_path = self._path.with_suffix(".lengths.npy")
-        lengths_temporary = self._temporary.with_suffix(".lengths")
+        lengths_temporary = lengths_path.with_name(f"{lengths_path.name}.{os.getpid()}.tmp")
         with open(lengths_temporary, "wb") as file:
             np.save(file, np.array(self._lengths, np.int64), allow_pickle=False)
         os.replace(lengths_temporary, lengths_path)

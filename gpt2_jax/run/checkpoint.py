@@ -21,6 +21,16 @@ from gpt2_jax.training.train_state import TrainState
 _METRIC = "held_out_loss"
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves preemption to the loop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Always False. Orbax would ask JAX from the thread that ends a save, for a step that is long past; that sets
+        JAX's count back, and the processes would agree to leave after a step that never comes.
+        """
+        return False
+
+
 class Checkpoints:
     """The saved steps of a run: the newest `keep_last`, and the `keep_best` of lowest held-out loss."""
 
@@ -46,7 +56,7 @@ class Checkpoints:
         )
         self._folder = storage_path(folder)
         try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = _Manager(self._folder, options=options)
         except Exception as error:  # of the storage's libraries, which have many
             if not is_remote(self._folder):
                 raise
