@@ -1,6 +1,7 @@
 """Loading a model, of a finished or interrupted run or of a Hugging Face folder: `gpt2_jax.load`."""
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -59,7 +60,10 @@ def load_settings(folder: str | pathlib.Path) -> tuple[RunConfig, Tokenizer]:
         model = read_huggingface_config(folder / "config.json")
         tokenizer = read_tokenizer(folder, model.vocab_size)
         return _as_run_config(model, tokenizer), tokenizer
-    return read_config(folder), load_tokenizer(folder / "tokenizer")
+    config = read_config(folder)
+    # A kernel that training was told to use may not run on the device that is here.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    return config, load_tokenizer(folder / "tokenizer")
 
 
 def saved_step(folder: pathlib.Path, step: int | None = None) -> int:

@@ -1,7 +1,9 @@
 """`gpt2_jax.load`: the right step, and one line for whatever is missing."""
 
+import dataclasses
 import functools
 import pathlib
+import shutil
 import threading
 
 import jax
@@ -55,6 +57,14 @@ def test_the_best_step_or_the_one_that_is_asked_for(run_folder: pathlib.Path, as
     assert {leaf.device for leaf in jax.tree.leaves(params)} == {jax.devices()[0]}
     logits = GPT2(config.model).apply({"params": params}, np.zeros((1, 4), np.int32))
     assert logits.shape == (1, 4, 257)
+
+
+def test_a_kernel_of_another_device_is_not_asked_for(run_folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    on_tpu = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention="splash"))
+    write_run(folder, on_tpu, {"folder": "/nowhere", "fingerprint": "0"})
+    config, params, _ = gpt2_jax.load(folder)
+    assert GPT2(config.model).apply({"params": params}, np.zeros((1, 4), np.int32)).shape == (1, 4, 257)
 
 
 def test_a_step_that_was_not_saved(run_folder: pathlib.Path) -> None:
