@@ -16,8 +16,18 @@ import pytest
 from gpt2_jax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gpt2_jax.errors import UsageError
 from gpt2_jax.model.gpt2 import GPT2
+from gpt2_jax.planning.topology import devices, parse_topologies
 from gpt2_jax.run.checkpoint import Checkpoints
-from gpt2_jax.sharding import check_divisible, constrain, make_mesh, partition_spec, place_batch, use_mesh
+from gpt2_jax.sharding import (
+    check_divisible,
+    constrain,
+    make_mesh,
+    mesh_sizes,
+    own_rows,
+    partition_spec,
+    place_batch,
+    use_mesh,
+)
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.training.steps import StepSettings, eval_step, train_step
 from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_init
@@ -255,6 +265,26 @@ def test_table_refuses_unknown_and_colliding_axes() -> None:
         partition_spec(("heads", "mlp"))
     with pytest.raises(ValueError, match="fsdp"):
         partition_spec(("batch", "embed"))
+
+
+def test_the_sizes_of_a_mesh_count_slices_into_data() -> None:
+    assert mesh_sizes(MeshConfig(-1, 2, 1, dcn_data=2), 8) == {"data": 4, "fsdp": 2, "tensor": 1}
+    with pytest.raises(UsageError, match="mesh.dcn_data=3 make 6 devices of 8"):
+        mesh_sizes(MeshConfig(1, 2, 1, dcn_data=3), 8)
+
+
+@pytest.mark.tpu
+def test_only_the_outer_part_of_data_crosses_slices() -> None:
+    (topology,) = parse_topologies("v5e:2x2*2")
+    found = make_mesh(MeshConfig(data=2, fsdp=2, tensor=1, dcn_data=2), devices(topology)).devices
+    slices = [[[device.slice_index for device in row] for row in part] for part in found]
+    assert slices == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
+    with pytest.raises(UsageError, match="the devices are in 2 slices"):
+        make_mesh(MeshConfig(data=8), devices(topology))
+
+
+def test_rows_of_a_batch_are_those_of_the_devices_here() -> None:
+    assert own_rows(mesh_of(2, 2, 2), 8) == [*range(8)]
 
 
 def test_constrain_is_identity_without_a_mesh() -> None:

@@ -1,7 +1,7 @@
 """Causal multi-head self-attention.
 
-Shapes: B batch, T queries, S keys (T of them, more with a cache), D width, H heads (zero heads
-included, see heads.py), K head dimension.
+Shapes: B batch, T queries, S keys (T of them, more with a cache), D width, H heads (zero heads included, see heads.py),
+K head dimension.
 """
 
 import math
