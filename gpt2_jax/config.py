@@ -202,6 +202,9 @@ class TrainConfig(_Section):
         "positions whose logits exist at a time; 0: all if under 512 MiB per device, else the most that are",
         low=0,
     )
+    max_skipped_steps: int = _key(
+        0, "steps with a loss or gradient that is not finite which are left out; with one more the run stops", low=0
+    )
     log_every: int = _key(10, "steps between lines of metrics", low=1)
     eval_every: int = _key(250, "steps between evaluations; 0: only at the end", low=0)
     eval_windows: int = _key(0, "held-out windows per evaluation; 0: all", low=0)

@@ -19,6 +19,10 @@ class DataError(Gpt2JaxError):
     exit_code = 3
 
 
+class DamagedError(DataError):
+    """What lies in a saved step is not what was written."""
+
+
 class DivergedError(Gpt2JaxError):
     """Training produced a loss or gradient that is not finite."""
 
@@ -29,6 +33,12 @@ class PreemptedError(Gpt2JaxError):
     """SIGTERM asked for room; the state is saved, and the same command goes on from it (75 is EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class InterruptedRunError(PreemptedError):
+    """Ctrl-C, with the state saved (130 is that of a shell for a program that SIGINT ended)."""
+
+    exit_code = 130
 
 
 class OtherHostError(Gpt2JaxError):

@@ -18,9 +18,10 @@ COMMANDS = {
     "export": ("gpt2_jax.cli.export", "write a model in another program's format"),
     "import": ("gpt2_jax.cli.import_model", "read another program's model into a Hugging Face folder"),
     "plan": ("gpt2_jax.cli.plan", "memory, time and cost of a run on hardware that is not here"),
+    "prove-resume": ("gpt2_jax.cli.prove_resume", "show that a run of yours, killed at random, loses nothing"),
 }
 # Commands that take --config.SECTION.KEY=VALUE, which they find in arguments.overrides.
-_WITH_OVERRIDES = ("plan",)
+_WITH_OVERRIDES = ("plan", "prove-resume")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +53,7 @@ def _dispatch(arguments: list[str]) -> int:
         prog="gpt2-jax",
         usage="gpt2-jax COMMAND [--help] ...",
         description="GPT-2 in JAX: commands besides training.",
-        epilog="\n".join(["commands:", *(f"  {name:<12} {summary}" for name, (_, summary) in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:<13} {summary}" for name, (_, summary) in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)

@@ -46,6 +46,7 @@ def _train(argv: list[str]) -> int:
         wandb=flags.wandb,
         profile=_profile_steps(flags.profile),
         compile_cache=compile_cache_folder(flags),
+        watchdog=flags.watchdog,
         checkpoints=flags.checkpoints,
         hosts=HostOptions(
             coordinator_address=flags.coordinator_address,
@@ -107,6 +108,14 @@ def _add_host_flags(parser: argparse.ArgumentParser) -> None:
         help="until a silent one counts as dead (default: %(default)s)",
         **seconds,
     )
+    hosts.add_argument(
+        "--watchdog",
+        type=_at_least(0),
+        default=600,
+        metavar="SECONDS",
+        help="end the process, and show the stacks of its threads, when a step takes longer, or when a compile, an "
+        "evaluation, a save or a sample takes ten times as long; 0: never (default: %(default)s)",
+    )
     hosts.add_argument("--no_distributed", action="store_true", help="this process alone, without a coordinator")
     hosts.add_argument(
         "--checkpoints",
@@ -151,3 +160,7 @@ def _profile_steps(text: str) -> tuple[int, int] | None:
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise UsageError(f"--profile={text}: give the first and last step, as in --profile=10:12")
     return int(first), int(last)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

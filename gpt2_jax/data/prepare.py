@@ -35,6 +35,7 @@ from gpt2_jax.data.token_store import (
 from gpt2_jax.data.unit_pool import run_units
 from gpt2_jax.data.unit_writer import UnitTask
 from gpt2_jax.errors import DataError, Gpt2JaxError, UsageError
+from gpt2_jax.fault_points import reach
 from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.remote_folder import is_remote
 from gpt2_jax.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
@@ -246,6 +247,7 @@ def _build(partial: pathlib.Path, recipe: _Recipe, workers: int | None, progress
     split = HeldOutSplit(recipe.held_out, source.num_documents)
     tokenizer = _tokenizer(partial, recipe, _learning_texts(source, split, recipe.tokenizer_name))
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    reach("prepare")
     tasks = [
         UnitTask(partial, tokenizer.fingerprint, partial / _PROGRESS, source.format, unit, split, dtype)
         for unit in source.units

@@ -23,8 +23,14 @@ def run_units(tasks: list[UnitTask], workers: int | None) -> Iterator[UnitResult
     pool = concurrent.futures.ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
+    others = set(multiprocessing.active_children())
     try:
         yield from pool.map(write_unit, tasks)
+    except BaseException:
+        # What they work on is begun again the next time; one that is asked to leave must not wait for it.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

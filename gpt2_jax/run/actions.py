@@ -17,6 +17,7 @@ from gpt2_jax.decoding.generate import Generator
 from gpt2_jax.decoding.settings import Sampling, Stopping
 from gpt2_jax.errors import DivergedError
 from gpt2_jax.evaluation.held_out import held_out_loss
+from gpt2_jax.fault_points import reach
 from gpt2_jax.model.gpt2 import GPT2, Params
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.hardware import flops_per_token, memory_in_use, peak_flops
@@ -82,6 +83,7 @@ class Evaluate:
 
     def __call__(self, step: int, state: TrainState) -> None:
         """See `loop.Action`. Raises DivergedError for a loss that is not finite."""
+        reach("evaluate")
         values = self._measure(step, state.eval_params, self._batches)
         self.losses[step] = values["held_out_loss"]
         for writer in self._writers:

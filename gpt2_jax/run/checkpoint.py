@@ -1,11 +1,14 @@
 """Saving and restoring a run's state with Orbax. No other file calls Orbax.
 
 A step's folder holds separate items: `params` and (if kept) `ema`, plain nested dicts; `training`, what only training
-needs; `meta`, JSON with the fingerprints of data and tokenizer.
+needs; `seal`, JSON with the fingerprints of data and tokenizer, and the checksum of each array. A step is taken for
+good only when all of it is what its seal says.
 """
 
 import contextlib
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,11 +17,21 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from gpt2_jax.config import CheckpointConfig
-from gpt2_jax.errors import DataError, Gpt2JaxError, UsageError
+from gpt2_jax.errors import DamagedError, DataError, Gpt2JaxError, UsageError
+from gpt2_jax.fault_points import reach
 from gpt2_jax.remote_folder import is_remote, storage_path
+from gpt2_jax.run.checksums import checksums, named
+from gpt2_jax.run.saved_metrics import METRIC
+from gpt2_jax.run.seal import SealHandler, SealSave, read_seal
+from gpt2_jax.run.snapshot import snapshot
 from gpt2_jax.training.train_state import TrainState
 
-_METRIC = "held_out_loss"
+# What every process is told by all: see `hosts.Hosts.gather`.
+Gather = Callable[[str], list[str]]
+
+SET_ASIDE = "damaged"
+# Marks of failures that are the machine's, and say nothing about the files.
+_PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
 
 
 class _Manager(ocp.CheckpointManager):
@@ -47,20 +60,15 @@ class Checkpoints:
                 get_metric_fn=_held_out_loss, reverse=True, n=config.keep_best, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
-        options = ocp.CheckpointManagerOptions(
+        self._folder = storage_path(folder)
+        self._options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=_held_out_loss,  # without it Orbax forgets the metrics when the process ends
+            best_fn=None if read_only else _held_out_loss,  # without it Orbax forgets the metrics when the process ends
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        self._folder = storage_path(folder)
-        try:
-            self._manager = _Manager(self._folder, options=options)
-        except Exception as error:  # of the storage's libraries, which have many
-            if not is_remote(self._folder):
-                raise
-            raise UsageError(f"{self._folder} cannot be opened: {_one_line(error)}; check the credentials") from error
+        self._manager = self._opened()
 
     def save(self, state: TrainState, meta: dict[str, Any], held_out_loss: float | None) -> None:
         """Starts saving the state under its step; returns when the arrays are copied, and writes in the background.
@@ -69,20 +77,23 @@ class Checkpoints:
           Gpt2JaxError: this save failed, or an earlier one in the background.
           DataError: a step as new is there already.
         """
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(state.params),
-            "training": ocp.args.StandardSave(_training_item(state)),
-            "meta": ocp.args.JsonSave(meta),
-        }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
-        metrics = None if held_out_loss is None else {_METRIC: held_out_loss}
         step = int(state.step)
+        arrays = snapshot(_arrays(state))
+        items: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in arrays.items()}
+        items["seal"] = SealSave(meta, held_out_loss, checksums(arrays))
+        metrics = None if held_out_loss is None else {METRIC: held_out_loss}
         with self._failure_told():
             self._manager.check_for_errors()
+            reach("save.begin")
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            reach("save.copied")
         if not saved:
             raise DataError(f"{self._folder}: step {step} was not saved: a step as new exists already")
+
+    def check(self) -> None:
+        """Raises Gpt2JaxError when a save in the background has failed."""
+        with self._failure_told():
+            self._manager.check_for_errors()
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
@@ -90,33 +101,61 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step of lowest held-out loss; the newest if none was measured; None without any step."""
-        best = self._manager.best_step() if self.steps() else None
-        return self._manager.latest_step() if best is None else best
+        losses = {step: self._held_out_loss(step) for step in self.steps()}
+        measured = {step: loss for step, loss in losses.items() if loss is not None}
+        return min(measured, key=lambda step: (measured[step], -step)) if measured else max(losses, default=None)
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and meta of a step, laid out as `abstract` says (see `abstract_state`)."""
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "training": ocp.args.StandardRestore(_training_item(abstract)),
-            "meta": ocp.args.JsonRestore(),
-        }
-        if abstract.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(abstract.ema)
-        restored = self._restore(step, items)
-        training = restored["training"]
+    def restore_newest(self, abstract: TrainState, gather: Gather = lambda told: [told]) -> Any:
+        """The state of the newest step that is whole, laid out as `abstract` says, and what its seal tells.
+
+        Newer steps, which are damaged, are moved to the folder `damaged`, and one line on stderr says so. All processes
+        of a run call this together.
+
+        Raises:
+          DataError: no step is whole; none is moved then. Or a step cannot be read for another reason.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            try:
+                state, meta = self.restore(step, abstract, gather)
+            except DamagedError as error:
+                damaged.append((step, str(error)))
+                continue
+            if damaged:
+                self._set_aside(damaged, f"going on from step {step}", gather)
+            return state, meta
+        told = "; ".join(text for _, text in damaged)
+        raise DataError(
+            f"{self._folder}: no saved step can be used: {told}; bring back a copy of that folder, or start anew in "
+            "another --workdir"
+        )
+
+    def restore(
+        self, step: int, abstract: TrainState, gather: Gather = lambda told: [told]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state and meta of a step, laid out as `abstract` says (see `abstract_state`).
+
+        Raises:
+          DamagedError: not all is as it was saved. Another DataError: it cannot be read for another reason.
+        """
+        items, meta = self._restore(step, _arrays(abstract), gather)
+        training = items["training"]
         state = TrainState(
             step=training["step"],
-            params=restored["params"],
+            params=items["params"],
             opt_state=training["opt_state"],
-            ema=restored["ema"] if abstract.ema is not None else None,
+            ema=items.get("ema"),
             loss_scale=training.get("loss_scale"),
+            nonfinite_steps=training["nonfinite_steps"],
         )
-        return state, restored["meta"]
+        return state, meta
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
-        """What evaluation uses of a step (the average if one was kept), laid out as `abstract_params` says."""
+        """What evaluation uses of a step (the average if one was kept), laid out as `abstract_params` says. Raises like
+        `restore`.
+        """
         item = "ema" if (self._folder / str(step) / "ema").is_dir() else "params"
-        return self._restore(step, {item: ocp.args.StandardRestore(abstract_params)})[item]
+        return self._restore(step, {item: abstract_params})[0][item]
 
     def close(self) -> None:
         """Waits for the last save. Raises Gpt2JaxError when it failed."""
@@ -135,14 +174,62 @@ class Checkpoints:
                 "the same command goes on from there"
             ) from error
 
-    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+    def _restore(
+        self, step: int, abstract: dict[str, Any], gather: Gather = lambda told: [told]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        folder, failure = self._folder / str(step), ""
+        with self._failure_told():
+            self._manager.wait_until_finished()
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            seal = read_seal(folder / "seal")
+            # By the handler itself: the manager would wait for processes in which this fails.
+            handler = ocp.StandardCheckpointHandler()
+            with _late_reads_quiet():
+                items = {
+                    name: handler.restore(folder / name, args=ocp.args.StandardRestore(item))
+                    for name, item in abstract.items()
+                }
+        except DamagedError as error:
+            failure = str(error)
         except Exception as error:  # Orbax and TensorStore raise bare Exception for damaged files
-            raise DataError(
-                f"{self._folder / str(step)} cannot be restored: {_one_line(error)}; if its files are damaged, move "
-                "that folder away to continue from the step before it"
-            ) from error
+            failure = f"{folder} cannot be restored: {_one_line(error)}"
+            if _is_passing(error):
+                raise DataError(failure) from error
+        failures = [told for told in gather(failure) if told]
+        if failures:
+            raise DamagedError(failures[0])
+        found = named(checksums(items))
+        differ = [name for name, checksum in found.items() if seal.checksums.get(name) != checksum]
+        if differ:
+            more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+            raise DamagedError(f"{folder}: {differ[0]}{more} not as saved: the checksum differs")
+        return items, seal.meta
+
+    def _held_out_loss(self, step: int) -> float | None:
+        try:
+            return read_seal(self._folder / str(step) / "seal").held_out_loss
+        except DamagedError:  # which shows when the step is read
+            return None
+
+    def _set_aside(self, damaged: list[tuple[int, str]], then: str, gather: Gather) -> None:
+        if jax.process_index() == 0:
+            for step, reason in damaged:
+                target = _free_name(self._folder / SET_ASIDE / str(step))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (self._folder / str(step)).rename(target)
+                print(f"warning: {reason}; moved to {target}; {then}", file=sys.stderr, flush=True)
+        gather("")
+        self._manager.reload()
+
+    def _opened(self) -> _Manager:
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "training", "ema")}
+        handlers["seal"] = SealHandler()
+        try:
+            return _Manager(self._folder, options=self._options, item_handlers=handlers)
+        except Exception as error:  # of the storage's libraries, which have many
+            if not is_remote(self._folder):
+                raise
+            raise UsageError(f"{self._folder} cannot be opened: {_one_line(error)}; check the credentials") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -151,15 +238,45 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
-def _training_item(state: TrainState) -> dict[str, Any]:
-    item = {"step": state.step, "opt_state": state.opt_state}
+@contextlib.contextmanager
+def _late_reads_quiet() -> Iterator[None]:
+    """Where one read fails, others report to an event loop that Orbax has closed, each with a traceback."""
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda lost: report(lost) if "Event loop is closed" not in str(lost.exc_value) else None
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)
+        raise
+    finally:
+        sys.unraisablehook = report
+
+
+def _is_passing(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | PermissionError | ConnectionError | TimeoutError):
+        return True
+    return any(mark in str(error) for mark in _PASSING)
+
+
+def _free_name(path: epath.Path) -> epath.Path:
+    number, name = 0, path
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}.{number}")
+    return name
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """The items of a step's folder that hold arrays."""
+    training = {"step": state.step, "opt_state": state.opt_state, "nonfinite_steps": state.nonfinite_steps}
     if state.loss_scale is not None:
-        item["loss_scale"] = state.loss_scale
-    return item
+        training["loss_scale"] = state.loss_scale
+    items = {"params": state.params, "training": training}
+    return items if state.ema is None else items | {"ema": state.ema}
 
 
 def _held_out_loss(metrics: dict[str, float]) -> float:
-    return metrics[_METRIC]
+    return metrics[METRIC]
 
 
 def abstract_on_one_device(tree: Any) -> Any:

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from gpt2_jax.config import RunConfig
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.model.gpt2 import Params
-from gpt2_jax.run.checkpoint import Checkpoints
+from gpt2_jax.run.checkpoint import Checkpoints, Gather
 from gpt2_jax.run.load import load
 from gpt2_jax.run.run_data import check_same_model
 from gpt2_jax.training.steps import StepSettings
@@ -13,7 +13,12 @@ from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_in
 
 
 def first_state(
-    config: RunConfig, settings: StepSettings, mesh: Mesh, checkpoints: Checkpoints, fingerprints: dict[str, str]
+    config: RunConfig,
+    settings: StepSettings,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    fingerprints: dict[str, str],
+    gather: Gather = lambda told: [told],
 ) -> TrainState:
     """The state before the first step of this process.
 
@@ -23,19 +28,20 @@ def first_state(
       mesh: devices.
       checkpoints: of the run folder.
       fingerprints: of data and tokenizer, as the saves carry them.
+      gather: tells all processes of the run what each of them says.
 
     Raises:
       DataError: a save is damaged or was made with other data.
       UsageError: the model or tokenizer of `init_from` is another one.
     """
     ema = config.optimizer.ema_decay > 0
-    steps = checkpoints.steps()
-    if steps:
-        state, meta = checkpoints.restore(steps[-1], abstract_state(settings.model, settings.optimizer, mesh, ema=ema))
+    if checkpoints.steps():
+        abstract = abstract_state(settings.model, settings.optimizer, mesh, ema=ema)
+        state, meta = checkpoints.restore_newest(abstract, gather)
         for name, here in fingerprints.items():
             if meta[name] != here:
                 raise DataError(
-                    f"step {steps[-1]} was saved with {name} {meta[name][:12]}, the run now has {here[:12]}; "
+                    f"step {int(state.step)} was saved with {name} {meta[name][:12]}, the run now has {here[:12]}; "
                     "use another --workdir"
                 )
         return state

@@ -10,10 +10,11 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax._src import clusters, distributed  # what JAX detects of a cluster, and its key-value store, are not public
@@ -27,6 +28,8 @@ _WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000
 # How long a process that ends by an error waits for the others to end too; JAX's 300 would be a hang.
 _SHUTDOWN_SECONDS = 10
 _PATIENCE_SECONDS = 5
+_LEAVING_MILLISECONDS = 20_000
+_PREEMPTED = "gpt2_jax/preempted"
 _ALONE = "give --no_distributed to train in this process alone"
 
 
@@ -58,6 +61,7 @@ class Hosts:
         """For tests and for one process; else see `joined`."""
         self.index, self.count = index, count
         self._calls = 0
+        self._training = threading.Event()
 
     @property
     def first(self) -> bool:
@@ -73,7 +77,7 @@ class Hosts:
         assert client is not None, "processes that are not connected"
         try:
             client.key_value_set(f"{call}/{self.index}", value)
-            client.wait_at_barrier(call, _WAIT_MILLISECONDS)
+            _interruptibly(lambda: client.wait_at_barrier(call, _WAIT_MILLISECONDS))
             return [client.blocking_key_value_get(f"{call}/{host}", _WAIT_MILLISECONDS) for host in range(self.count)]
         except jax.errors.JaxRuntimeError as error:
             raise Gpt2JaxError(f"host {self.index}: another host has ended: {_shortened(error)}") from None
@@ -110,6 +114,36 @@ class Hosts:
                         "all hosts need the same code, flags, config and data"
                     )
 
+    def training_begins(self) -> None:
+        """From here on JAX tells all processes of a SIGTERM; until here `end_all_before_training` does."""
+        self.gather("")
+        self._training.set()
+
+    def end_all_before_training(self) -> None:
+        """Lets all others, which are at different points, get SIGTERM too; waits a while until they leave with this."""
+        client = distributed.global_state.client
+        if self.count == 1 or client is None:
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator may be gone by now
+            client.key_value_set(_PREEMPTED, "", allow_overwrite=True)
+            client.wait_at_barrier("gpt2_jax/leaving", _LEAVING_MILLISECONDS)
+
+    def watch(self) -> None:
+        """Passes the SIGTERM of another process on to this one, until training begins."""
+        client = distributed.global_state.client
+        if client is None or self.count == 1:
+            return
+        look_up = client.key_value_try_get
+
+        def look() -> None:
+            while not self._training.wait(1.0):
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # not there
+                    look_up(_PREEMPTED)
+                    self._training.set()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+        threading.Thread(target=look, daemon=True).start()
+
 
 @contextlib.contextmanager
 def joined(options: HostOptions) -> Iterator[Hosts]:
@@ -122,14 +156,13 @@ def joined(options: HostOptions) -> Iterator[Hosts]:
       Gpt2JaxError: not all processes came in time.
     """
     hosts = _join(options)
+    hosts.watch()
     try:
         yield hosts
         hosts.gather("")  # Some have more to do at the end than others, and the shutdown waits for seconds only.
-    except PreemptedError:  # which all raise after the same step
-        hosts.gather("")
-        jax.distributed.shutdown()
-        raise
     except BaseException as error:
+        if isinstance(error, PreemptedError):
+            hosts.end_all_before_training()
         # In a thread, because it may wait in vain.
         shutdown = threading.Thread(target=_shut_down_if_possible, daemon=True)
         shutdown.start()
@@ -146,6 +179,23 @@ def end_process(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _interruptibly(call: Callable[[], None]) -> None:
+    """Waits for a call into C++ so that a signal is handled meanwhile."""
+    outcome: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if outcome:
+        raise outcome[0]
 
 
 def code_version() -> str:
@@ -167,6 +217,7 @@ def _join(options: HostOptions) -> Hosts:
         jax.config.update("jax_check_proxy_envs", False)  # nothing leaves this machine
     else:
         meet(address, count, index, options.initialization_timeout)
+    jax.config.update("jax_enable_preemption_service", False)  # until training begins: see leaving.py
     try:
         jax.distributed.initialize(
             address,

@@ -2,12 +2,11 @@
 
 The order within a step is fixed: the batch is placed and the step sent; then the metrics of the step *before* are read,
 while the device works on this one; then, where due, this step's metrics are read and the actions run in their order
-(evaluate before save, so that a save knows its loss). Only then is the next batch drawn, or, where SIGTERM has asked
-for room, the state saved and the loop left.
+(evaluate before save, so that a save knows its loss). Only then is the next batch drawn, or, where the run is asked to
+leave, the state saved and the loop left.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,6 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt2_jax.errors import DivergedError, PreemptedError
+from gpt2_jax.fault_points import reach
+from gpt2_jax.run.watchdog import LONG, Watchdog
 from gpt2_jax.sharding import place_batch
 from gpt2_jax.training.steps import Metrics, StepSettings, train_step
 from gpt2_jax.training.train_state import TrainState
@@ -51,7 +52,8 @@ class Interval:
 
 Report = Callable[[int, dict[str, float], Interval], None]
 Advance = Callable[[int], None]
-Preempted = Callable[[int], bool]
+Leave = Callable[[int], PreemptedError | None]
+Explain = Callable[[int, TrainState], str]
 
 
 def train(
@@ -65,8 +67,10 @@ def train(
     report: Report,
     advance: Advance,
     actions: Sequence[Action],
-    preempted: Preempted = lambda step: False,
+    leave: Leave = lambda step: None,
     save: Callable[[int, TrainState], None] = lambda step, state: None,
+    explain: Explain = lambda step, state: "",
+    watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Trains from `state` to `last_step`. Call it within `use_mesh(mesh)`.
 
@@ -80,21 +84,28 @@ def train(
       report: gets the step, its metrics as numbers, and the sums of the interval that ends with it.
       advance: told of each step that is done.
       actions: run in this order after each step at which they are due.
-      preempted: asked after every step; where it says yes, in all processes alike, the loop is left.
+      leave: asked after every step; what it gives, in all processes alike, is raised once the step is saved.
       save: run before that, after the actions that are due; does nothing where the step is saved.
+      explain: gets the step that was not finite and the state before it; what it says goes into the error.
+      watchdog: told of each step.
 
     Raises:
-      DivergedError: a loss or gradient is not finite.
+      DivergedError: more losses or gradients were not finite than may be skipped; the state is that before them.
       PreemptedError: the loop was left, with this step saved.
     """
+    watchdog = watchdog or Watchdog(0)
+    watchdog.alive(LONG)  # the first step is compiled
+    reach("compile")
     interval = Interval()
     waiting: tuple[int, Metrics, int] | None = None
 
     def read(step: int, metrics: Metrics, tokens: int) -> None:
         nonlocal interval
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        _check_finite(step, values)
-        skipped = values.get("skipped", 0.0)
+        if values["nonfinite_steps"] > settings.max_skipped:
+            with jax.transfer_guard("allow"):
+                raise DivergedError(_not_finite(step, values, explain(step, state)))
+        skipped = values["skipped"]
         if not skipped:
             interval.loss_sum += values["loss_sum"]
             interval.weight_sum += values["weight_sum"]
@@ -117,30 +128,31 @@ def train(
             if waiting is not None:
                 read(*waiting)
             waiting = (step, metrics, tokens)
-        leave = preempted(step) and step < last_step
+        reach("step")
+        asked = leave(step) if step < last_step else None
         due = [action for action in actions if action.due(step, last_step)]
-        if due or leave:
+        if due or asked:
             read(*waiting)
             waiting = None
             paused = time.perf_counter()
             for action in due:
+                watchdog.alive(LONG)
                 action.run(step, state)
-            if leave:
+            if asked:
+                watchdog.alive(LONG)
                 save(step, state)
-                raise PreemptedError(f"SIGTERM asked for room: step {step} is saved; the same command goes on from it")
+                raise asked
             interval.started += time.perf_counter() - paused
+        watchdog.alive()
     if waiting is not None:
         read(*waiting)
     return state
 
 
-def _check_finite(step: int, values: dict[str, float]) -> None:
-    finite = math.isfinite(values["loss_sum"]) and math.isfinite(values["grad_norm"])
-    # float16 skips an overflow and halves its scale; with nothing left to halve, it is no overflow of the scale.
-    handled = values.get("skipped", 0.0) and values["loss_scale"] > 1
-    if not finite and not handled:
-        raise DivergedError(
-            f"step {step}: loss {values['loss_sum'] / max(values['weight_sum'], 1e-8):.4g}, gradient norm "
-            f"{values['grad_norm']:.4g}: not finite; the saved steps before it are intact; in another --workdir, lower "
-            "optimizer.learning_rate or lengthen optimizer.warmup_steps"
-        )
+def _not_finite(step: int, values: dict[str, float], explanation: str) -> str:
+    return (
+        f"step {step}: loss {values['loss_sum'] / max(values['weight_sum'], 1e-8):.4g}, gradient norm "
+        f"{values['grad_norm']:.4g}: not finite; {explanation}nothing of it was applied, and the saved steps before it "
+        "are intact; leave the batch out with --rewind_to and --skip_batches, or, in another --workdir, lower "
+        "optimizer.learning_rate or lengthen optimizer.warmup_steps"
+    )

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
@@ -27,18 +27,20 @@ from gpt2_jax.run.actions import Evaluate, Report, Sample, Save, whole
 from gpt2_jax.run.bundle import export_best, training_facts
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.compile_cache import set_compile_cache
+from gpt2_jax.run.diagnosis import Diagnosis
 from gpt2_jax.run.first_state import first_state
 from gpt2_jax.run.folders import RunFolders, run_folders
 from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
-from gpt2_jax.run.interrupt import interrupt_held_back
+from gpt2_jax.run.leaving import leaving, sigterm_raises
 from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
-from gpt2_jax.run.preemption import preemption_noticed
 from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.run_data import cut_batches, open_data, with_vocabulary, with_vocabulary_of_source
 from gpt2_jax.run.run_folder import check_unchanged, holds_run, read_config, write_run
+from gpt2_jax.run.saved_metrics import mend_metrics
 from gpt2_jax.run.step_settings import make_settings, with_attention
+from gpt2_jax.run.watchdog import Watchdog
 from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.tokenizer import Tokenizer
@@ -57,6 +59,7 @@ class RunOptions:
       wandb: project of Weights & Biases to mirror the metrics to; empty: none.
       profile: first and last step of a profiler trace, or None.
       compile_cache: folder of the persistent compilation cache; empty: none.
+      watchdog: seconds after which a step that does not end ends the process; 0: never.
       checkpoints: folder of the checkpoints, which all hosts share; empty: in the run folder.
       hosts: how the processes of the run find one another.
     """
@@ -67,6 +70,7 @@ class RunOptions:
     wandb: str = ""
     profile: tuple[int, int] | None = None
     compile_cache: str = ""
+    watchdog: float = 0
     checkpoints: str = ""
     hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
 
@@ -83,7 +87,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         first, last = options.profile
         raise UsageError(f"--profile={first}:{last}: the run has only train.steps={config.train.steps} steps")
     _check_mirrors(options)
-    with joined(options.hosts) as hosts:
+    with sigterm_raises(), joined(options.hosts) as hosts:
         hosts.check_equal(_facts(config))
         with hosts.together():
             check_accelerator_is_used()
@@ -115,14 +119,15 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     settings = make_settings(as_run, mesh)
     steps = config.train.steps
     with contextlib.ExitStack() as stack:
-        interrupt_if_asked = stack.enter_context(interrupt_held_back())
-        preempted = stack.enter_context(preemption_noticed())
         stack.enter_context(use_mesh(mesh))
         if hosts.first:
             stack.callback(push, folder)  # last, whatever happens
+        with hosts.together():
+            if hosts.first:
+                mend_metrics(folders.checkpoints)
         checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
-        state = first_state(config, settings, mesh, checkpoints, fingerprints)
+        state = first_state(config, settings, mesh, checkpoints, fingerprints, hosts.gather)
         start = int(state.step)
         with hosts.together():
             # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
@@ -144,10 +149,14 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
-        batches = _interruptible(train_batches.iterate(start, steps), interrupt_if_asked)
+        profiled_steps = options.profile if hosts.first else None
+        batches = _profiled(train_batches.iterate(start, steps), profiled_steps, folder / "profile")
+        leave = stack.enter_context(leaving(hosts))
+        watchdog = Watchdog(options.watchdog)
+        stack.callback(watchdog.close)
         train(
             state,
-            _profiled(batches, options.profile if hosts.first else None, folder / "profile"),
+            batches,
             settings=settings,
             mesh=mesh,
             last_step=steps,
@@ -160,8 +169,10 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 Action(config.checkpoint.every, save),  # last: a run that is killed goes on after what was saved
                 *([Action(config.checkpoint.every, lambda step, state: push(folder))] if hosts.first else []),
             ),
-            preempted=preempted,
+            leave=leave,
             save=save,
+            explain=Diagnosis(settings, mesh, train_batches),
+            watchdog=watchdog,
         )
     best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
     with hosts.together():
@@ -279,14 +290,6 @@ def _farewell(
         f"  python train.py {shlex.join(finetune)}",
     ]
     return "\n".join(lines)
-
-
-def _interruptible(
-    batches: Iterator[tuple[int, HostBatch]], interrupt_if_asked: Callable[[], None]
-) -> Iterator[tuple[int, HostBatch]]:
-    for numbered in batches:
-        interrupt_if_asked()
-        yield numbered
 
 
 def _profiled(

@@ -29,7 +29,7 @@ _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 # Keys that a resumed run may change: they decide how long and how it runs, not what the done steps computed.
 _CHANGEABLE = (
-    *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every"),
+    *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "train.max_skipped_steps"),
     # Memory and speed; equal up to rounding.
     *("train.loss_chunk", "model.remat", "model.scan_unroll", "model.attention"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py

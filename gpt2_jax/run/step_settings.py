@@ -50,4 +50,5 @@ def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
         microbatches=train_config.microbatches,
         loss_chunk=chunk,
         ema_decay=config.optimizer.ema_decay,
+        max_skipped=train_config.max_skipped_steps,
     )

@@ -3,8 +3,6 @@
 Gradients below 6e-8 vanish in float16, so the loss is multiplied by a scale that is as large as does not overflow.
 """
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -23,11 +21,6 @@ class LossScale(flax.struct.PyTreeNode):
 def initial_loss_scale() -> LossScale:
     """The scale to start with."""
     return LossScale(scale=jnp.float32(INITIAL_SCALE), good_steps=jnp.int32(0))
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Whether every number of every array is finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def adjust(loss_scale: LossScale, finite: jax.Array) -> LossScale:

@@ -14,8 +14,9 @@ import optax
 
 from gpt2_jax.model.gpt2 import GPT2, Params
 from gpt2_jax.model.token_table import look_up, table_per_share
+from gpt2_jax.sharding import constrain
 from gpt2_jax.training.loss import cross_entropy_sums
-from gpt2_jax.training.loss_scale import adjust, all_finite
+from gpt2_jax.training.loss_scale import adjust
 from gpt2_jax.training.optimizer import updates_done
 from gpt2_jax.training.train_state import TrainState
 
@@ -35,6 +36,8 @@ class StepSettings:
       microbatches: parts of the batch (a divisor of B) whose gradients are added up one after another.
       loss_chunk: see `cross_entropy_sums`.
       ema_decay: decay of the state's moving average.
+      max_skipped: steps with a loss or gradient that is not finite which may be left out; after one more, no step
+        changes the state.
     """
 
     model: GPT2
@@ -44,6 +47,7 @@ class StepSettings:
     microbatches: int = 1
     loss_chunk: int = 0
     ema_decay: float = 0.0
+    max_skipped: int = 0
 
 
 def loss_sums(
@@ -110,9 +114,32 @@ def gradients(
     return grads, {"loss_sum": loss_sum, "weight_sum": weight_sum}
 
 
+def step_gradients(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[Params, Metrics]:
+    """The gradients of one step from `state`, and `loss_sum`, `weight_sum` and `grad_norm`."""
+    config = settings.model.config
+    uses_dropout = config.embd_pdrop or config.attn_pdrop or config.resid_pdrop
+    scale = None if state.loss_scale is None else state.loss_scale.scale
+    grads, metrics = gradients(
+        settings.model,
+        state.params,
+        batch,
+        microbatches=settings.microbatches,
+        loss_chunk=settings.loss_chunk,
+        dropout_key=jax.random.fold_in(jax.random.key(settings.seed), state.step) if uses_dropout else None,
+        scale=1.0 if scale is None else scale,
+    )
+    if scale is not None:
+        grads = jax.tree.map(lambda grad: grad / scale, grads)
+    return grads, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
 def train_step(state: TrainState, batch: Batch, *, settings: StepSettings) -> tuple[TrainState, Metrics]:
-    """One optimizer update.
+    """One optimizer update, left out where the loss or the gradient's norm is not finite.
+
+    With more than `settings.max_skipped` of those, counted in the state, the state stays as it is, whatever is sent
+    after: the host, which reads metrics late, cannot be too late. An overflow of float16 that a smaller loss scale may
+    mend is not counted.
 
     Args:
       state: donated; its buffers become the new state's.
@@ -120,40 +147,49 @@ def train_step(state: TrainState, batch: Batch, *, settings: StepSettings) -> tu
       settings: hashable; another value compiles another step.
 
     Returns:
-      The next state, and scalars: loss_sum, weight_sum, grad_norm (before clipping), learning_rate; for float16 also
-      loss_scale and `skipped` (1 if an overflow left the parameters as they were).
+      The next state, and scalars: loss_sum, weight_sum, grad_norm (before clipping), learning_rate, `skipped` (1 if
+      the update was left out), `nonfinite_steps` (of the run so far); for float16 also loss_scale.
     """
-    dropout_key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-    scale = state.loss_scale.scale if state.loss_scale is not None else jnp.float32(1)
-    config = settings.model.config
-    uses_dropout = config.embd_pdrop or config.attn_pdrop or config.resid_pdrop
-    grads, metrics = gradients(
-        settings.model,
-        state.params,
-        batch,
-        microbatches=settings.microbatches,
-        loss_chunk=settings.loss_chunk,
-        dropout_key=dropout_key if uses_dropout else None,
-        scale=scale if state.loss_scale is not None else 1.0,
-    )
-    if state.loss_scale is not None:
-        grads = jax.tree.map(lambda grad: grad / scale, grads)
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    grads, metrics = step_gradients(state, batch, settings)
     metrics["learning_rate"] = settings.schedule(updates_done(state.opt_state))
+    finite = jnp.isfinite(metrics["loss_sum"]) & jnp.isfinite(metrics["grad_norm"])
+    mendable = False if state.loss_scale is None else state.loss_scale.scale > 1
+    nonfinite_steps = state.nonfinite_steps + (~finite & ~jnp.asarray(mendable))
+    stopped = nonfinite_steps > settings.max_skipped
+    applied = finite & ~stopped
 
     updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1 - settings.ema_decay)
-    new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    new = state.replace(params=params, opt_state=opt_state, ema=ema)
+    new = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new, state)
+    new = new.replace(step=state.step + ~stopped, nonfinite_steps=nonfinite_steps)
     if state.loss_scale is not None:
-        finite = all_finite(grads)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        new = new.replace(step=state.step + 1, loss_scale=adjust(state.loss_scale, finite))
+        adjusted = adjust(state.loss_scale, finite)
+        new = new.replace(
+            loss_scale=jax.tree.map(lambda after, before: jnp.where(stopped, before, after), adjusted, state.loss_scale)
+        )
         metrics["loss_scale"] = state.loss_scale.scale
-        metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+    metrics["skipped"] = 1.0 - applied.astype(jnp.float32)
+    metrics["nonfinite_steps"] = nonfinite_steps
     return new, metrics
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def nonfinite_shares(state: TrainState, batch: Batch, *, settings: StepSettings) -> tuple[Params, Metrics]:
+    """What is not finite in a step from `state`, which stays: the share of each gradient's numbers, [L] for stacked
+    layers, else a scalar; and the step's metrics.
+    """
+    grads, metrics = step_gradients(state, batch, settings)
+
+    def share(path: tuple, grad: jax.Array) -> jax.Array:
+        stacked = path[0].key == "h"
+        shares = (~jnp.isfinite(grad)).mean(axis=tuple(range(int(stacked), grad.ndim)))
+        return constrain(shares, None) if stacked else shares
+
+    return jax.tree_util.tree_map_with_path(share, grads), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("model", "loss_chunk"))

@@ -22,6 +22,7 @@ class TrainState(flax.struct.PyTreeNode):
       opt_state: Optax's state.
       ema: moving average of the parameters, or None.
       loss_scale: for float16, else None.
+      nonfinite_steps: how many had a loss or gradient that was not finite; int32 scalar. See `train_step`.
     """
 
     step: jax.Array
@@ -29,6 +30,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: optax.OptState
     ema: Params | None
     loss_scale: LossScale | None
+    nonfinite_steps: jax.Array
 
     @property
     def eval_params(self) -> Params:
@@ -86,4 +88,5 @@ def _state(model: GPT2, optimizer: optax.GradientTransformation, params: Params,
         # A copy: the step donates the whole state, and a buffer can be donated only once.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
         loss_scale=initial_loss_scale() if model.config.dtype == "float16" else None,
+        nonfinite_steps=jnp.int32(0),
     )

@@ -1,9 +1,6 @@
 """Saved states: what goes in comes out, on any mesh, and the right ones are kept."""
 
 import pathlib
-import sys
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +9,7 @@ import pytest
 from tiny_run import assert_identical
 
 from gpt2_jax.config import CheckpointConfig, MeshConfig, ModelConfig, OptimizerConfig
-from gpt2_jax.errors import DataError
+from gpt2_jax.errors import DamagedError, DataError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.run.checkpoint import Checkpoints, abstract_on_one_device
 from gpt2_jax.sharding import make_mesh
@@ -170,17 +167,6 @@ def halve(file: pathlib.Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-@pytest.fixture
-def late_reads() -> Iterator[None]:
-    """Leaves out what the reads of other files report to an event loop that Orbax has closed."""
-    report = sys.unraisablehook
-    sys.unraisablehook = lambda lost: report(lost) if str(lost.exc_value) != "Event loop is closed" else None
-    yield
-    time.sleep(0.2)
-    sys.unraisablehook = report
-
-
-@pytest.mark.usefixtures("late_reads")
 @pytest.mark.parametrize("item", ["params", "training", "ema"])
 def test_a_truncated_array_file_is_named(tmp_path: pathlib.Path, item: str) -> None:
     save(tmp_path, {3: None}, CheckpointConfig())
@@ -189,7 +175,7 @@ def test_a_truncated_array_file_is_named(tmp_path: pathlib.Path, item: str) -> N
     for file in files:
         halve(file)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
-    with pytest.raises(DataError, match="cannot be restored: .*move that folder") as raised:
+    with pytest.raises(DamagedError, match="cannot be restored: ") as raised:
         checkpoints.restore(3, abstract((1, 1, 1)))
     checkpoints.close()
     assert str(tmp_path / "3") in str(raised.value)

@@ -15,7 +15,8 @@ from gpt2_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from gpt2_jax.errors import DivergedError, PreemptedError
 from gpt2_jax.model.gpt2 import GPT2
 from gpt2_jax.run import loop
-from gpt2_jax.run.interrupt import interrupt_held_back
+from gpt2_jax.run.hosts import Hosts
+from gpt2_jax.run.leaving import leaving
 from gpt2_jax.run.loop import Action, Interval
 from gpt2_jax.sharding import make_mesh, place_batch, use_mesh
 from gpt2_jax.training.loss_scale import LossScale
@@ -212,17 +213,17 @@ def test_asked_for_room_the_loop_saves_its_step_and_leaves() -> None:
     done: list[str] = []
     asked: list[int] = []
 
-    def preempted(step: int) -> bool:
+    def leave(step: int) -> PreemptedError | None:
         asked.append(step)
-        return step == 2
+        return PreemptedError(f"step {step}") if step == 2 else None
 
-    with pytest.raises(PreemptedError, match="step 2 is saved") as raised:
+    with pytest.raises(PreemptedError, match="step 2") as raised:
         run(
             first_state(),
             4,
             advance=lambda step: done.append(f"read {step}"),
             actions=(Action(2, lambda step, state: done.append(f"evaluate {step}")),),
-            preempted=preempted,
+            leave=leave,
             save=lambda step, state: done.append(f"save {step} {int(state.step)}"),
         )
     assert raised.value.exit_code == 75
@@ -231,7 +232,12 @@ def test_asked_for_room_the_loop_saves_its_step_and_leaves() -> None:
 
 
 def test_the_last_step_is_no_place_to_leave() -> None:
-    state = run(first_state(), 2, preempted=lambda step: step == 2, save=lambda step, state: pytest.fail("saved twice"))
+    state = run(
+        first_state(),
+        2,
+        leave=lambda step: PreemptedError() if step == 2 else None,
+        save=lambda step, state: pytest.fail("saved"),
+    )
     assert int(state.step) == 2
 
 
@@ -239,22 +245,19 @@ def test_the_last_step_is_no_place_to_leave() -> None:
 
 
 def test_an_interrupt_waits_for_a_moment_that_suits() -> None:
-
-    before = signal.getsignal(signal.SIGINT)
+    before = (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     reached: list[str] = []
-    with pytest.raises(KeyboardInterrupt), interrupt_held_back() as interrupt_if_asked:
-        interrupt_if_asked()
+    with leaving(Hosts(0, 1)) as leave:
+        assert leave(1) is None
+        signal.raise_signal(signal.SIGTERM)
+        assert (leave(2).exit_code, "step 2 is saved" in str(leave(2))) == (75, True)
+    with pytest.raises(KeyboardInterrupt), leaving(Hosts(0, 1)) as leave:
         signal.raise_signal(signal.SIGINT)
-        reached.append("on")
-        interrupt_if_asked()
-        reached.append("too far")
-    assert reached == ["on"]
-    with pytest.raises(KeyboardInterrupt), interrupt_held_back():
-        signal.raise_signal(signal.SIGINT)
+        assert (leave(3).exit_code, "step 3 is saved" in str(leave(3))) == (130, True)
         reached.append("end of the block")
-    with pytest.raises(KeyboardInterrupt), interrupt_held_back():
+    with pytest.raises(KeyboardInterrupt), leaving(Hosts(0, 1)):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         reached.append("never")
-    assert reached == ["on", "end of the block"]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert reached == ["end of the block"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -19,7 +19,7 @@ from gpt2_jax.config import ModelConfig, OptimizerConfig
 from gpt2_jax.model.gpt2 import GPT2, padded_vocab_size
 from gpt2_jax.training.loss_scale import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.training.steps import StepSettings, eval_step, gradients, train_step
+from gpt2_jax.training.steps import StepSettings, eval_step, gradients, nonfinite_shares, train_step
 from gpt2_jax.training.train_state import TrainState, init_state
 
 B, T, V, STEPS = 6, 16, 70, 6
@@ -351,4 +351,69 @@ def test_only_float16_has_a_loss_scale() -> None:
     assert float(state.loss_scale.scale) == INITIAL_SCALE == 2.0**16
     _, metrics = six_steps()
     assert "loss_scale" not in metrics[0]
-    assert "skipped" not in metrics[0]
+
+
+# What is not finite
+
+
+def poisoned(seed: int) -> dict[str, Any]:
+    batch = dict(random_batch(seed))
+    weights = np.array(batch["weights"])
+    weights[0, 0] = np.nan
+    return {**batch, "weights": jnp.asarray(weights)}
+
+
+def after_steps(of: StepSettings, batches: list[dict[str, Any]], state: TrainState | None = None) -> tuple[Any, list]:
+    state, metrics = start(of) if state is None else state, []
+    for batch in batches:
+        state, of_step = train_step(state, batch, settings=of)
+        metrics.append({name: float(value) for name, value in of_step.items()})
+    return on_host(state), metrics
+
+
+@pytest.mark.parametrize("dtype", ["float32", HALF])
+def test_after_a_step_that_is_not_finite_nothing_changes_any_more(dtype: str) -> None:
+    """However many are sent before the host has read that one; bit for bit. In float16 once its scale is 1."""
+    of = settings(dtype)
+
+    def first() -> TrainState:
+        scale = LossScale(scale=jnp.float32(1), good_steps=jnp.int32(0)) if dtype == HALF else None
+        return start(of).replace(loss_scale=scale)
+
+    good, bad = [random_batch(0), random_batch(1)], [poisoned(2), random_batch(3), poisoned(4), random_batch(5)]
+    before, _ = after_steps(of, good, first())
+    after, metrics = after_steps(of, good + bad, first())
+    assert [of_step["skipped"] for of_step in metrics] == [0, 0, 1, 1, 1, 1]
+    assert [of_step["nonfinite_steps"] for of_step in metrics] == [0, 0, 1, 1, 2, 2]
+    for name in ("step", "params", "opt_state", "ema", "loss_scale"):
+        assert_trees_identical(getattr(after, name), getattr(before, name))
+
+
+def test_as_many_as_may_be_skipped_are_left_out_alone() -> None:
+    of = dataclasses.replace(settings(), max_skipped=2)
+    batches = [random_batch(0), poisoned(1), random_batch(2), poisoned(3), random_batch(4)]
+    after, metrics = after_steps(of, batches)
+    assert [of_step["skipped"] for of_step in metrics] == [0, 1, 0, 1, 0]
+    assert [of_step["nonfinite_steps"] for of_step in metrics] == [0, 1, 1, 2, 2]
+    assert int(after.step) == 5
+    # Without dropout a step is a function of the batch and the state, so these three by themselves do the same.
+    expected, _ = after_steps(settings(), batches[::2])
+    for name in ("params", "opt_state", "ema"):
+        assert_trees_identical(getattr(after, name), getattr(expected, name))
+    later, _ = after_steps(of, [*batches, poisoned(5), random_batch(6)])
+    assert_trees_identical(later.params, after.params)
+    assert int(later.step) == 5
+
+
+def test_where_a_step_is_not_finite() -> None:
+    """By layer for what is stacked; nothing where all is finite."""
+    of = settings()
+    state = start(of)
+    shares, metrics = nonfinite_shares(state, random_batch(0), settings=of)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(shares))
+    assert np.isfinite(float(metrics["loss_sum"]))
+    shares, metrics = nonfinite_shares(state, poisoned(0), settings=of)
+    assert all(np.asarray(leaf).all() for leaf in jax.tree.leaves(shares["ln_f"]))
+    assert shares["h"]["mlp"]["c_fc"]["kernel"].shape == (2,)
+    assert shares["ln_f"]["scale"].shape == ()
+    assert not np.isfinite(float(metrics["loss_sum"]))
