@@ -1,5 +1,7 @@
 """The state a run starts with: its newest save, else the parameters of `init_from`, else random ones."""
 
+from collections.abc import Collection, Mapping
+
 from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
@@ -13,7 +15,12 @@ from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_in
 
 
 def first_state(
-    config: RunConfig, settings: StepSettings, mesh: Mesh, checkpoints: Checkpoints, fingerprints: dict[str, str]
+    config: RunConfig,
+    settings: StepSettings,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    fingerprints: dict[str, str],
+    left: Mapping[str, Collection[str]],
 ) -> TrainState:
     """The state before the first step of this process.
 
@@ -23,6 +30,7 @@ def first_state(
       mesh: devices.
       checkpoints: of the run folder.
       fingerprints: of data and tokenizer, as the saves carry them.
+      left: those that the run had before, and was allowed to leave; a save may carry one of them.
 
     Raises:
       DataError: a save is damaged or was made with other data.
@@ -33,7 +41,7 @@ def first_state(
     if steps:
         state, meta = checkpoints.restore(steps[-1], abstract_state(settings.model, settings.optimizer, mesh, ema=ema))
         for name, here in fingerprints.items():
-            if meta[name] != here:
+            if meta[name] != here and meta[name] not in left[name]:
                 raise DataError(
                     f"step {steps[-1]} was saved with {name} {meta[name][:12]}, the run now has {here[:12]}; "
                     "use another --workdir"
