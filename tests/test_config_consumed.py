@@ -16,7 +16,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # Reading a key to check, print, store or compare it is no use of it.
 _PACKAGE = pathlib.Path(schema.__file__).parent
-_NO_USE = {"config.py", "config_file.py", "dataclasses.py", "copy.py", "run_folder.py"}
+_NO_USE = {"config.py", "config_file.py", "dataclasses.py", "copy.py", "changes.py"}
 
 
 def record_reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:

@@ -13,6 +13,7 @@ from gpt2_jax.cli.overrides import parse_overrides
 from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.config_file import describe, load_config
 from gpt2_jax.errors import UsageError
+from gpt2_jax.run.changes import allowed_names
 
 _INTERRUPTED = "interrupted; the same command resumes from the last saved step"
 
@@ -31,6 +32,7 @@ def _train(argv: list[str]) -> int:
     if flags.print_config:
         print(describe(config))
         return 0
+    allow_change = allowed_names(flags.allow_change)
     quiet_logs()
     # Only now, when the flags are known to be right: it takes seconds.
     from gpt2_jax.run.hosts import HostOptions, end_process
@@ -56,6 +58,7 @@ def _train(argv: list[str]) -> int:
             heartbeat_timeout=flags.heartbeat_timeout,
             distributed=not flags.no_distributed,
         ),
+        allow_change=allow_change,
     )
 
     def trained() -> int:
@@ -84,6 +87,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="mirror the metrics to Weights & Biases")
     parser.add_argument("--profile", default="", metavar="FIRST:LAST", help="profiler trace of these steps")
+    parser.add_argument(
+        "--allow_change",
+        action="append",
+        default=[],
+        metavar="KEY[,KEY...]",
+        help="resume although these keys of the config, or data, or tokenizer, have changed; recorded in run.json",
+    )
     add_compile_cache_flag(parser)
     _add_host_flags(parser)
     flags, rest = parser.parse_known_args(argv)

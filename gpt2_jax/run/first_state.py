@@ -1,5 +1,7 @@
 """The state a run starts with: its newest save, else the parameters of `init_from`, else random ones."""
 
+from collections.abc import Collection, Mapping
+
 from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
@@ -18,6 +20,7 @@ def first_state(
     mesh: Mesh,
     checkpoints: Checkpoints,
     fingerprints: dict[str, str],
+    left: Mapping[str, Collection[str]],
     gather: Gather = lambda told: [told],
 ) -> TrainState:
     """The state before the first step of this process.
@@ -28,6 +31,7 @@ def first_state(
       mesh: devices.
       checkpoints: of the run folder.
       fingerprints: of data and tokenizer, as the saves carry them.
+      left: those that the run had before, and was allowed to leave; a save may carry one of them.
       gather: tells all processes of the run what each of them says.
 
     Raises:
@@ -39,7 +43,7 @@ def first_state(
         abstract = abstract_state(settings.model, settings.optimizer, mesh, ema=ema)
         state, meta = checkpoints.restore_newest(abstract, gather)
         for name, here in fingerprints.items():
-            if meta[name] != here:
+            if meta[name] != here and meta[name] not in left[name]:
                 raise DataError(
                     f"step {int(state.step)} was saved with {name} {meta[name][:12]}, the run now has {here[:12]}; "
                     "use another --workdir"

@@ -14,6 +14,7 @@ from gpt2_jax.errors import Gpt2JaxError, UsageError
 
 _RETRY_SECONDS = 0.2
 _GREETING_SECONDS = 2.0
+_LOOPBACK_SECONDS = 5.0
 
 
 def meet(address: str, count: int, index: int, timeout: float) -> None:
@@ -50,8 +51,12 @@ def is_loopback(address: str) -> bool:
 
 
 def free_address() -> str:
-    """A loopback address that nothing listens at. Raises OSError where there is none."""
+    """A loopback address that nothing listens at. Raises OSError where there is none, or where it cannot be reached."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
+        # One that is down takes listeners, but whoever connects waits for minutes. Another port than the one that is
+        # handed out, so that nothing is left of the connection there.
+        with socket.create_server(("127.0.0.1", 0)) as reached:
+            socket.create_connection(reached.getsockname(), timeout=_LOOPBACK_SECONDS).close()
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 

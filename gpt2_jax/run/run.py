@@ -10,6 +10,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -25,6 +26,7 @@ from gpt2_jax.remote_folder import address_of, push
 from gpt2_jax.run.accelerators import check_accelerator_is_used
 from gpt2_jax.run.actions import Evaluate, Report, Sample, Save, whole
 from gpt2_jax.run.bundle import export_best, training_facts
+from gpt2_jax.run.changes import DATA, TOKENIZER, Change, check_changes
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.compile_cache import set_compile_cache
 from gpt2_jax.run.diagnosis import Diagnosis
@@ -36,8 +38,8 @@ from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.progress import Progress
-from gpt2_jax.run.run_data import cut_batches, open_data, with_vocabulary, with_vocabulary_of_source
-from gpt2_jax.run.run_folder import check_unchanged, holds_run, read_config, write_run
+from gpt2_jax.run.run_data import cut_batches, data_changes, open_data, with_vocabulary, with_vocabulary_of_source
+from gpt2_jax.run.run_folder import holds_run, read_changes, read_config, write_run
 from gpt2_jax.run.saved_metrics import mend_metrics
 from gpt2_jax.run.step_settings import make_settings, with_attention
 from gpt2_jax.run.watchdog import Watchdog
@@ -62,6 +64,7 @@ class RunOptions:
       watchdog: seconds after which a step that does not end ends the process; 0: never.
       checkpoints: folder of the checkpoints, which all hosts share; empty: in the run folder.
       hosts: how the processes of the run find one another.
+      allow_change: what a resumed run may change; see `changes.allowed_names`.
     """
 
     workdir: str
@@ -73,6 +76,7 @@ class RunOptions:
     watchdog: float = 0
     checkpoints: str = ""
     hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
+    allow_change: frozenset[str] = frozenset()
 
 
 def run(config: RunConfig, options: RunOptions) -> None:
@@ -88,7 +92,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         raise UsageError(f"--profile={first}:{last}: the run has only train.steps={config.train.steps} steps")
     _check_mirrors(options)
     with sigterm_raises(), joined(options.hosts) as hosts:
-        hosts.check_equal(_facts(config))
+        hosts.check_equal(_facts(config, options))
         with hosts.together():
             check_accelerator_is_used()
         with run_folders(hosts, options.workdir, options.checkpoints) as folders:
@@ -102,17 +106,24 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     with hosts.together():
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
+        changes: list[Change] = []
         if hosts.first:
-            config = _settled(config, folder)
+            config, changes = _settled(config, folder, options.allow_change)
     config = from_json(hosts.gather(to_json(config))[0])
     with hosts.together():
-        store = open_data(config, folder)
+        store = open_data(config, folder, options.allow_change)
         tokenizer = store.tokenizer
         config = with_vocabulary(config, tokenizer.vocab_size)
         check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
         train_batches, held_out_batches = cut_batches(config, store, mesh)
     fingerprints = {"data_fingerprint": store.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     hosts.check_equal(fingerprints)
+    earlier: list[dict[str, Any]] = []
+    with hosts.together():
+        if hosts.first and holds_run(folder):
+            earlier = read_changes(folder)
+            changes += data_changes(folder, store)
+    left = json.loads(hosts.gather(json.dumps(_left_fingerprints(earlier, changes)))[0])
 
     with hosts.together():
         as_run, attention = with_attention(config, mesh.devices.flat[0])
@@ -127,13 +138,14 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 mend_metrics(folders.checkpoints)
         checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
-        state = first_state(config, settings, mesh, checkpoints, fingerprints, hosts.gather)
+        state = first_state(config, settings, mesh, checkpoints, fingerprints, left, hosts.gather)
         start = int(state.step)
         with hosts.together():
             # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
             if hosts.first:
                 tokenizer.save(folder / "tokenizer")
-                write_run(folder, config, {"folder": str(store.folder), "fingerprint": store.fingerprint})
+                data = {"folder": str(store.folder), "fingerprint": store.fingerprint}
+                write_run(folder, config, data, [*earlier, *({"step": start, **vars(change)} for change in changes)])
                 push(folder)
             writers = _writers(folder, options, config, start) if hosts.first else []
         for writer in writers:
@@ -143,6 +155,8 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         if options.profile is not None and options.profile[1] <= start:
             progress.say(f"--profile: its steps were done before; the run goes on after step {start}")
         progress.say(_summary(config, store, train_batches, mesh, attention, flags, folder, start))
+        if changes:
+            progress.say(f"changed   {', '.join(map(str, changes))}: allowed, and recorded in run.json")
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
         save = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
@@ -184,22 +198,31 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
 
 
-def _facts(config: RunConfig) -> dict[str, str]:
+def _facts(config: RunConfig, options: RunOptions) -> dict[str, str]:
     """What must be the same on all hosts. Where they keep token stores may differ."""
     settings = {f"config.{key}": repr(value) for key, value in values_by_key(config).items() if key != "data.cache_dir"}
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return {"gpt2_jax": code_version(), **packages, **settings}
+    flags = {"--allow_change": ",".join(sorted(options.allow_change)) or "nothing"}
+    return {"gpt2_jax": code_version(), **packages, **flags, **settings}
 
 
-def _settled(config: RunConfig, folder: pathlib.Path) -> RunConfig:
-    """The config as the run in `folder` has it, or the model that it starts from."""
+def _settled(config: RunConfig, folder: pathlib.Path, allowed: frozenset[str]) -> tuple[RunConfig, list[Change]]:
+    """The config as the run in `folder` has it, or the model that it starts from; and what is allowed to change."""
     if not holds_run(folder):
-        return with_vocabulary_of_source(config)
+        return with_vocabulary_of_source(config), []
     stored = read_config(folder)
     if not config.model.vocab_size:
         config = with_vocabulary(config, stored.model.vocab_size)
-    check_unchanged(stored, config, folder)
-    return config
+    return config, check_changes(stored, config, allowed, address_of(folder))
+
+
+def _left_fingerprints(earlier: list[dict[str, Any]], changes: list[Change]) -> dict[str, list[str]]:
+    """The fingerprints that the run was allowed to leave, by the names under which saves carry them."""
+    left: dict[str, list[str]] = {f"{name}_fingerprint": [] for name in (DATA, TOKENIZER)}
+    for change in [*earlier, *map(vars, changes)]:
+        if change["key"] in (DATA, TOKENIZER):
+            left[f"{change['key']}_fingerprint"].append(change["before"])
+    return left
 
 
 def _best(

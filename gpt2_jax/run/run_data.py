@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 
 from jax.sharding import Mesh
 
@@ -14,10 +15,11 @@ from gpt2_jax.data.windows import PackedWindows, PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.exchange.huggingface import is_huggingface
 from gpt2_jax.remote_folder import address_of, is_remote
+from gpt2_jax.run.changes import DATA, TOKENIZER, Change
 from gpt2_jax.run.load import load_settings
 from gpt2_jax.run.run_folder import folder_to_read, holds_run, read_config, read_data
 from gpt2_jax.sharding import own_rows
-from gpt2_jax.tokenizer import Tokenizer
+from gpt2_jax.tokenizer import Tokenizer, load_tokenizer
 from gpt2_jax.user_paths import cache_folder
 
 _MODEL_KEYS = (
@@ -27,11 +29,12 @@ _MODEL_KEYS = (
 _TOKENIZER_KEYS = ("tokenizer.name", "tokenizer.normalization", "tokenizer.lowercase")
 
 
-def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
+def open_data(config: RunConfig, folder: pathlib.Path, allowed: Collection[str] = ()) -> TokenStore:
     """The token store of the run in `folder`, prepared if need be, with every shard's hash checked.
 
     While the settings of the data are those that the run began with, its own store is opened, whatever has become of
-    the text; else the configured one, which must have the same content.
+    the text; else the configured one, which must have the same content. Where `allowed` has `changes.DATA` it is the
+    configured one in any case, with whatever content; its tokenizer must be the run's without `changes.TOKENIZER`.
 
     Raises:
       UsageError: the source or tokenizer cannot be used.
@@ -40,16 +43,36 @@ def open_data(config: RunConfig, folder: pathlib.Path) -> TokenStore:
     if not holds_run(folder):
         return _verified(_configured_store(config))
     known, stored = read_data(folder), read_config(folder)
-    same_settings = dataclasses.replace(stored.data, cache_dir="") == dataclasses.replace(config.data, cache_dir="")
-    if same_settings and not _copied(config) and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
+    same_ids = all(values_by_key(stored)[key] == values_by_key(config)[key] for key in _TOKENIZER_KEYS)
+    same_data = dataclasses.replace(stored.data, cache_dir="") == dataclasses.replace(config.data, cache_dir="")
+    same_settings = same_ids and same_data
+    own = same_settings and DATA not in allowed and not _copied(config)
+    if own and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
         store = open_token_store(known["folder"])
     else:
         store = _configured_store(config)
-    if store.fingerprint != known["fingerprint"]:
-        found = f"{address_of(folder)} was trained on data {known['fingerprint'][:12]}, {config.data.source} now gives "
-        found += f"{store.fingerprint[:12]}: bring the old data back, or use another --workdir"
+    changes = data_changes(folder, store)
+    missing = [change.key for change in changes if change.key not in allowed]
+    if missing:
+        kept = f"--config.tokenizer.path={address_of(folder)}/tokenizer keeps the run's tokenizer; " if same_ids else ""
+        found = (
+            f"{address_of(folder)} was trained on {' and '.join(f'{c.key} {c.before[:12]}' for c in changes)}, "
+            f"{config.data.source} now gives {' and '.join(c.after[:12] for c in changes)}: bring the old data back, "
+            f"or use another --workdir; {kept if TOKENIZER in missing else ''}to go on with what is there now, add "
+            f"--allow_change={','.join(missing)}"
+        )
         raise DataError(found) if same_settings else UsageError(found)
     return _verified(store)
+
+
+def data_changes(folder: pathlib.Path, store: TokenStore) -> list[Change]:
+    """How data and tokenizer differ from those of the run in `folder`. Raises DataError where it is damaged."""
+    before, after = read_data(folder)["fingerprint"], store.fingerprint
+    if before == after:
+        return []
+    tokenizer = load_tokenizer(folder / "tokenizer").fingerprint
+    changes = [Change(DATA, before, after), Change(TOKENIZER, tokenizer, store.tokenizer.fingerprint)]
+    return [change for change in changes if change.before != change.after]
 
 
 def with_vocabulary_of_source(config: RunConfig) -> RunConfig:

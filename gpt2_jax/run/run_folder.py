@@ -1,7 +1,7 @@
 """A run folder explains itself: resolved config, tokenizer, where the tokens came from, versions.
 
 config.json       the resolved config           metrics.jsonl   one line per report
-run.json          data and versions             samples/          texts written during training
+run.json          data, versions, changes       samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
 
@@ -14,27 +14,20 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
-from gpt2_jax.config_file import from_json, to_json, values_by_key
+from gpt2_jax.config_file import from_json, to_json
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.remote_folder import address_of, check_writable, is_remote, make_mirror, pull, storage_path
 from gpt2_jax.user_paths import expand_user
 
 _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
-
-# Keys that a resumed run may change: they decide how long and how it runs, not what the done steps computed.
-_CHANGEABLE = (
-    *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "train.max_skipped_steps"),
-    # Memory and speed; equal up to rounding.
-    *("train.loss_chunk", "model.remat", "model.scan_unroll", "model.attention"),
-    *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py
-)
-_CHANGEABLE_SECTIONS = ("checkpoint.", "mesh.")
 
 
 def make_folder(path: str) -> pathlib.Path:
@@ -76,10 +69,21 @@ def checkpoints_folder(folder: pathlib.Path) -> epath.Path:
     return storage_path(address_of(folder)) / "checkpoints"
 
 
-def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, str]) -> None:
-    """Writes `run.json` with `data` (folder, fingerprint), then `config.json`: where that is, a run was started."""
+def write_run(
+    folder: pathlib.Path, config: RunConfig, data: dict[str, str], changes: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Writes `run.json`, then `config.json`: where that is, a run was started.
+
+    Args:
+      folder: the run folder.
+      config: the resolved config.
+      data: folder and fingerprint of the token store.
+      changes: all that the run was allowed to change up to now; see `read_changes`.
+    """
     versions = {name: _version(name) for name in _VERSIONED}
     about = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
+    if changes:
+        about["changes"] = changes
     write_text_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
     write_text_atomically(folder / "config.json", to_json(config))
 
@@ -103,42 +107,42 @@ def read_config(folder: pathlib.Path) -> RunConfig:
 
 def read_data(folder: pathlib.Path) -> dict[str, str]:
     """Where the data of a run was, and its fingerprint. Raises DataError when that cannot be read."""
+    about = _read_about(folder)
+    try:
+        return {"folder": str(about["data"]["folder"]), "fingerprint": str(about["data"]["fingerprint"])}
+    except (KeyError, TypeError):
+        raise DataError(f"{folder / 'run.json'} is damaged: it has not the data's folder and fingerprint") from None
+
+
+def read_changes(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What a run was allowed to change, in order: {"step": the step gone on after, "key", "before", "after"}.
+
+    Raises DataError when that cannot be read.
+    """
+    changes = _read_about(folder).get("changes", [])
+    if not isinstance(changes, list) or not all(
+        isinstance(change, dict) and {"step", "key", "before", "after"} <= set(change) for change in changes
+    ):
+        raise DataError(f"{folder / 'run.json'} is damaged: its changes are no list of step, key, before and after")
+    return changes
+
+
+def _read_about(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / "run.json"
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))["data"]
-        return {"folder": str(data["folder"]), "fingerprint": str(data["fingerprint"])}
+        about = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{address_of(folder)} is not a run folder: {file.name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file} is damaged: it is not JSON with the data's folder and fingerprint") from None
-
-
-def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) -> None:
-    """Raises UsageError when `wanted` would continue a run with settings that change what its steps compute."""
-    before, after = values_by_key(stored), values_by_key(wanted)
-    changed = [key for key in before if before[key] != after[key] and not _may_change(key, stored, wanted)]
-    if changed:
-        listed = ", ".join(f"{key} {before[key]!r} -> {after[key]!r}" for key in changed)
-        raise UsageError(
-            f"--workdir={address_of(folder)} holds a run with other settings: {listed}; "
-            "use the stored settings to resume, or another --workdir for a new run or a fine-tuned one"
-        )
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise DataError(f"{file} is damaged: it is not a JSON object")
+    return about
 
 
 def _is_save(step: epath.Path) -> bool:
     # On a disk a save gets its name when it is whole; in a bucket, where nothing can be renamed, a mark.
     return step.name.isdecimal() and (not is_remote(step) or (step / "commit_success.txt").exists())
-
-
-def _may_change(key: str, stored: RunConfig, wanted: RunConfig) -> bool:
-    if key == "train.steps":  # a longer run continues a shorter one, unless the rate depends on the length
-        return stored.optimizer.schedule == wanted.optimizer.schedule and wanted.optimizer.schedule in (
-            "constant",
-            "inverse_sqrt",
-        )
-    if key == "train.microbatches":  # each draws its own dropout
-        return not any((wanted.model.embd_pdrop, wanted.model.attn_pdrop, wanted.model.resid_pdrop))
-    return key in _CHANGEABLE or key.startswith(_CHANGEABLE_SECTIONS)
 
 
 def _version(package: str) -> str:
