@@ -1,7 +1,7 @@
 """A run folder explains itself: resolved config, tokenizer, where the tokens came from, versions.
 
 config.json       the resolved config           metrics.jsonl   one line per report
-run.json          data and versions             samples/          texts written during training
+run.json          data, versions, skipped       samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
 
@@ -14,12 +14,15 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import from_json, to_json, values_by_key
+from gpt2_jax.data.skipped import Skip, skips_from_json, skips_to_json
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.remote_folder import address_of, check_writable, is_remote, make_mirror, pull, storage_path
@@ -76,10 +79,20 @@ def checkpoints_folder(folder: pathlib.Path) -> epath.Path:
     return storage_path(address_of(folder)) / "checkpoints"
 
 
-def write_run(folder: pathlib.Path, config: RunConfig, data: dict[str, str]) -> None:
-    """Writes `run.json` with `data` (folder, fingerprint), then `config.json`: where that is, a run was started."""
+def write_run(
+    folder: pathlib.Path, config: RunConfig, data: dict[str, str], skipped: Sequence[Skip] | None = None
+) -> None:
+    """Writes `run.json` with `data` (folder, fingerprint), then `config.json`: where that is, a run was started.
+
+    `skipped` are the batches that the run leaves out; None: those that the folder's `run.json` has, if there is one.
+    Raises DataError where that is damaged.
+    """
+    if skipped is None:
+        skipped = read_skipped(folder) if (folder / "run.json").exists() else ()
     versions = {name: _version(name) for name in _VERSIONED}
-    about = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
+    about: dict[str, Any] = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
+    if skipped:
+        about["skipped"] = skips_to_json(skipped)
     write_text_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
     write_text_atomically(folder / "config.json", to_json(config))
 
@@ -103,14 +116,13 @@ def read_config(folder: pathlib.Path) -> RunConfig:
 
 def read_data(folder: pathlib.Path) -> dict[str, str]:
     """Where the data of a run was, and its fingerprint. Raises DataError when that cannot be read."""
-    file = folder / "run.json"
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))["data"]
-        return {"folder": str(data["folder"]), "fingerprint": str(data["fingerprint"])}
-    except OSError as error:
-        raise DataError(f"{address_of(folder)} is not a run folder: {file.name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file} is damaged: it is not JSON with the data's folder and fingerprint") from None
+    data = _read_about(folder)["data"]
+    return {"folder": str(data["folder"]), "fingerprint": str(data["fingerprint"])}
+
+
+def read_skipped(folder: pathlib.Path) -> tuple[Skip, ...]:
+    """The training batches that the run leaves out. Raises DataError when that cannot be read."""
+    return skips_from_json(_read_about(folder).get("skipped", []), f"{folder / 'run.json'}: skipped")
 
 
 def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) -> None:
@@ -123,6 +135,21 @@ def check_unchanged(stored: RunConfig, wanted: RunConfig, folder: pathlib.Path) 
             f"--workdir={address_of(folder)} holds a run with other settings: {listed}; "
             "use the stored settings to resume, or another --workdir for a new run or a fine-tuned one"
         )
+
+
+def _read_about(folder: pathlib.Path) -> dict[str, Any]:
+    """What `run.json` holds, with the data's folder and fingerprint in it."""
+    file = folder / "run.json"
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        whole = {"folder", "fingerprint"} <= about["data"].keys()
+    except OSError as error:
+        raise DataError(f"{address_of(folder)} is not a run folder: {file.name}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise DataError(f"{file} is damaged: it is not JSON with the data's folder and fingerprint")
+    return about
 
 
 def _is_save(step: epath.Path) -> bool:
