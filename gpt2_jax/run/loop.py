@@ -52,6 +52,7 @@ class Interval:
 Report = Callable[[int, dict[str, float], Interval], None]
 Advance = Callable[[int], None]
 Preempted = Callable[[int], bool]
+Observe = Callable[[int, dict[str, float]], None]
 
 
 def train(
@@ -67,6 +68,7 @@ def train(
     actions: Sequence[Action],
     preempted: Preempted = lambda step: False,
     save: Callable[[int, TrainState], None] = lambda step, state: None,
+    observe: Observe = lambda step, values: None,
 ) -> TrainState:
     """Trains from `state` to `last_step`. Call it within `use_mesh(mesh)`.
 
@@ -82,6 +84,7 @@ def train(
       actions: run in this order after each step at which they are due.
       preempted: asked after every step; where it says yes, in all processes alike, the loop is left.
       save: run before that, after the actions that are due; does nothing where the step is saved.
+      observe: gets each step's metrics as numbers, once they are known to be finite.
 
     Raises:
       DivergedError: a loss or gradient is not finite.
@@ -94,6 +97,7 @@ def train(
         nonlocal interval
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         _check_finite(step, values)
+        observe(step, values)
         skipped = values.get("skipped", 0.0)
         if not skipped:
             interval.loss_sum += values["loss_sum"]

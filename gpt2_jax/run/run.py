@@ -38,6 +38,7 @@ from gpt2_jax.run.preemption import preemption_noticed
 from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.run_data import cut_batches, open_data, with_vocabulary, with_vocabulary_of_source
 from gpt2_jax.run.run_folder import check_unchanged, holds_run, read_config, write_run
+from gpt2_jax.run.spike_watch import SpikeWatch
 from gpt2_jax.run.step_settings import make_settings, with_attention
 from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
@@ -144,6 +145,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
+        watch = SpikeWatch(config.train.spike_sigmas, train_batches, store, folder, progress)
         batches = _interruptible(train_batches.iterate(start, steps), interrupt_if_asked)
         train(
             state,
@@ -162,6 +164,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             ),
             preempted=preempted,
             save=save,
+            observe=watch if hosts.first else lambda step, values: None,
         )
     best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
     with hosts.together():

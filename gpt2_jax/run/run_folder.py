@@ -4,6 +4,7 @@ config.json       the resolved config           metrics.jsonl   one line per rep
 run.json          data, versions, skipped       samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
+events.jsonl      what happened, if anything did (events.py)
 
 One at gs:// is worked on in a mirror (see remote_folder.py): `pull` at the start, `push` after each save. Only its
 `checkpoints/` are written and read where they are.
@@ -33,6 +34,7 @@ _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 # Keys that a resumed run may change: they decide how long and how it runs, not what the done steps computed.
 _CHANGEABLE = (
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every"),
+    "train.spike_sigmas",
     # Memory and speed; equal up to rounding.
     *("train.loss_chunk", "model.remat", "model.scan_unroll", "model.attention"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py
