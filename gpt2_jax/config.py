@@ -209,6 +209,13 @@ class TrainConfig(_Section):
     eval_every: int = _key(250, "steps between evaluations; 0: only at the end", low=0)
     eval_windows: int = _key(0, "held-out windows per evaluation; 0: all", low=0)
     sample_every: int = _key(0, "steps between text samples; 0: only at the end", low=0)
+    spike_sigmas: float = _key(
+        6.0,
+        "standard deviations above the mean of the last 128 steps from which a step's loss is noted as a spike, in "
+        "events.jsonl; 0: never",
+        low=0,
+        high=1000,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from gpt2_jax.errors import UsageError
 # add_arguments(parser) and run(arguments) -> exit code.
 COMMANDS = {
     "prepare": ("gpt2_jax.cli.prepare", "tokenize a corpus into a folder of token shards"),
+    "data": ("gpt2_jax.cli.data", "what a run read: the texts of a training batch"),
     "generate": ("gpt2_jax.cli.generate", "write text with a trained model"),
     "export": ("gpt2_jax.cli.export", "write a model in another program's format"),
     "import": ("gpt2_jax.cli.import_model", "read another program's model into a Hugging Face folder"),

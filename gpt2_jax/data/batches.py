@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gpt2_jax.data.skipped import Skip, batch_number
 from gpt2_jax.data.windows import Windows
 from gpt2_jax.errors import UsageError
 
@@ -21,8 +22,9 @@ class TrainBatches:
     Row r of step s is element s * batch_size + r of an endless sequence, in which each epoch is a new
     permutation of all windows. `rows` are the rows of the global batch that this process feeds; None: all of
     them. With `context_lengths`, divisors of T, a length L is drawn for each step and its
-    windows are cut into T/L rows each: [B * T/L, L], as many tokens as ever. Raises UsageError for arguments
-    that do not fit.
+    windows are cut into T/L rows each: [B * T/L, L], as many tokens as ever. `skips` are batches left out: a step
+    after one reads what a later step would have read, its length included. Raises UsageError for arguments that do not
+    fit.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class TrainBatches:
         seed: int,
         context_lengths: tuple[int, ...] = (),
         rows: Sequence[int] | None = None,
+        skips: Sequence[Skip] = (),
     ) -> None:
         import grain  # here, because it imports JAX
 
@@ -49,6 +52,7 @@ class TrainBatches:
         self._seed = seed
         self._context_lengths = context_lengths
         self._rows = _local_rows(batch_size, rows)
+        self._skips = tuple(skips)
         self._order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
 
     @property
@@ -56,13 +60,26 @@ class TrainBatches:
         """Windows in an epoch."""
         return len(self._windows)
 
+    @property
+    def windows(self) -> Windows:
+        """What the batches are made of."""
+        return self._windows
+
+    def batch_number(self, step: int) -> int:
+        """Which batch of the order without skips `step` reads."""
+        return batch_number(step, self._skips)
+
     def window_indices(self, step: int) -> list[int]:
         """The numbers of the windows in this process's rows of batch `step`."""
-        return [int(self._order[step * self._batch_size + row]) for row in self._rows]
+        return self._window_indices(step, self._rows)
+
+    def all_window_indices(self, step: int) -> list[int]:
+        """The numbers of the windows in all rows of batch `step`, whichever process feeds them."""
+        return self._window_indices(step, range(self._batch_size))
 
     def batch(self, step: int) -> Batch:
         """This process's rows of batch `step`, counted from 0."""
-        length = self._context_length(step)
+        length = self._context_length(self.batch_number(step))
         batch = _stack([self._windows[index] for index in self.window_indices(step)])
         return {name: array.reshape(-1, length) for name, array in batch.items()}
 
@@ -79,10 +96,14 @@ class TrainBatches:
         finally:
             ahead.close()  # ends the threads
 
-    def _context_length(self, step: int) -> int:
+    def _window_indices(self, step: int, rows: Sequence[int]) -> list[int]:
+        first = self.batch_number(step) * self._batch_size
+        return [int(self._order[first + row]) for row in rows]
+
+    def _context_length(self, number: int) -> int:
         if not self._context_lengths:
             return self._windows.context_length
-        digest = hashlib.blake2b(f"{self._seed}/{step}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self._seed}/{number}".encode(), digest_size=8).digest()
         return self._context_lengths[int.from_bytes(digest, "little") % len(self._context_lengths)]
 
 

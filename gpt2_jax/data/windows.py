@@ -25,6 +25,10 @@ class Windows(Protocol):
         """(tokens_T, targets_T, weights_T), int32, int32 and float32; a target of weight 0 is padding."""
         ...
 
+    def positions(self, index: int) -> np.ndarray:
+        """Where in the stream the T inputs and the last target are, [T + 1] int64; -1 for what is put in besides."""
+        ...
+
 
 class PackedWindows:
     """The stream cut into windows of T targets, one after another, whatever documents they cross.
@@ -56,6 +60,14 @@ class PackedWindows:
         tokens = self._stream.read(start, min(start + self.context_length + 1, len(self._stream)))
         return _padded(tokens[:-1], tokens[1:], self.context_length, padding=0)
 
+    def positions(self, index: int) -> np.ndarray:
+        """See `Windows.positions`."""
+        _check_index(index, self._length)
+        start = index * self.context_length
+        places = np.arange(start, start + self.context_length + 1)
+        places[places >= len(self._stream)] = -1
+        return places
+
 
 class PaddedWindows:
     """Each document by itself: end-of-text, then the document as it is stored, cut into windows of T targets.
@@ -86,16 +98,30 @@ class PaddedWindows:
         return int(self._window_ends[-1])
 
     def __getitem__(self, index: int) -> Window:
+        start, stop, is_first = self._targets(index)
+        targets = self._stream.read(start, stop)
+        before = np.array([self._end_of_text], np.int32) if is_first else self._stream.read(start - 1, start)
+        tokens = np.concatenate([before, targets[:-1]])
+        return _padded(tokens, targets, self.context_length, padding=self._end_of_text)
+
+    def positions(self, index: int) -> np.ndarray:
+        """See `Windows.positions`."""
+        start, stop, is_first = self._targets(index)
+        places = np.arange(start - 1, start + self.context_length)
+        places[places >= stop] = -1
+        if is_first:
+            places[0] = -1
+        return places
+
+    def _targets(self, index: int) -> tuple[int, int, bool]:
+        """Where the window's targets begin and end in the stream, and whether it is its document's first."""
         _check_index(index, len(self))
         document = int(np.searchsorted(self._window_ends, index, side="right"))
         begin = int(self._document_ends[document - 1]) if document else 0
         end = int(self._document_ends[document])
         number = index - (int(self._window_ends[document - 1]) if document else 0)
         start = begin + number * self.context_length
-        targets = self._stream.read(start, min(start + self.context_length, end))
-        before = self._stream.read(start - 1, start) if number else np.array([self._end_of_text], np.int32)
-        tokens = np.concatenate([before, targets[:-1]])
-        return _padded(tokens, targets, self.context_length, padding=self._end_of_text)
+        return start, min(start + self.context_length, end), number == 0
 
 
 def _padded(tokens: np.ndarray, targets: np.ndarray, context_length: int, padding: int) -> Window:

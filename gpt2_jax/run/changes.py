@@ -15,6 +15,7 @@ DATA, TOKENIZER = "data", "tokenizer"
 # Keys that decide how long and how a run runs, not what the done steps computed.
 _FREE = (
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "train.max_skipped_steps"),
+    "train.spike_sigmas",
     # Memory and speed; equal up to rounding.
     *("train.loss_chunk", "model.remat", "model.scan_unroll", "model.attention"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),  # see run_data.py

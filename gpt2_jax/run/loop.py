@@ -54,6 +54,7 @@ Report = Callable[[int, dict[str, float], Interval], None]
 Advance = Callable[[int], None]
 Leave = Callable[[int], PreemptedError | None]
 Explain = Callable[[int, TrainState], str]
+Observe = Callable[[int, dict[str, float]], None]
 
 
 def train(
@@ -71,6 +72,7 @@ def train(
     save: Callable[[int, TrainState], None] = lambda step, state: None,
     explain: Explain = lambda step, state: "",
     watchdog: Watchdog | None = None,
+    observe: Observe = lambda step, values: None,
 ) -> TrainState:
     """Trains from `state` to `last_step`. Call it within `use_mesh(mesh)`.
 
@@ -88,6 +90,7 @@ def train(
       save: run before that, after the actions that are due; does nothing where the step is saved.
       explain: gets the step that was not finite and the state before it; what it says goes into the error.
       watchdog: told of each step.
+      observe: gets each step's metrics as numbers, once they are known to be finite.
 
     Raises:
       DivergedError: more losses or gradients were not finite than may be skipped; the state is that before them.
@@ -105,6 +108,7 @@ def train(
         if values["nonfinite_steps"] > settings.max_skipped:
             with jax.transfer_guard("allow"):
                 raise DivergedError(_not_finite(step, values, explain(step, state)))
+        observe(step, values)
         skipped = values["skipped"]
         if not skipped:
             interval.loss_sum += values["loss_sum"]

@@ -41,6 +41,7 @@ from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.run_data import cut_batches, data_changes, open_data, with_vocabulary, with_vocabulary_of_source
 from gpt2_jax.run.run_folder import holds_run, read_changes, read_config, write_run
 from gpt2_jax.run.saved_metrics import mend_metrics
+from gpt2_jax.run.spike_watch import SpikeWatch
 from gpt2_jax.run.step_settings import make_settings, with_attention
 from gpt2_jax.run.watchdog import Watchdog
 from gpt2_jax.run.xla_flags import set_compiler_flags
@@ -163,6 +164,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
+        watch = SpikeWatch(config.train.spike_sigmas, train_batches, store, folder, progress)
         profiled_steps = options.profile if hosts.first else None
         batches = _profiled(train_batches.iterate(start, steps), profiled_steps, folder / "profile")
         leave = stack.enter_context(leaving(hosts))
@@ -187,6 +189,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             save=save,
             explain=Diagnosis(settings, mesh, train_batches),
             watchdog=watchdog,
+            observe=watch if hosts.first else lambda step, values: None,
         )
     best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
     with hosts.together():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from jax.sharding import Mesh
 
@@ -10,7 +10,8 @@ from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import values_by_key
 from gpt2_jax.data.batches import EvaluationBatches, TrainBatches
 from gpt2_jax.data.prepare import ensure_prepared
-from gpt2_jax.data.token_store import TokenStore, open_token_store
+from gpt2_jax.data.skipped import Skip
+from gpt2_jax.data.token_store import MANIFEST, TokenStore, open_token_store
 from gpt2_jax.data.windows import PackedWindows, PaddedWindows
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.exchange.huggingface import is_huggingface
@@ -47,7 +48,7 @@ def open_data(config: RunConfig, folder: pathlib.Path, allowed: Collection[str] 
     same_data = dataclasses.replace(stored.data, cache_dir="") == dataclasses.replace(config.data, cache_dir="")
     same_settings = same_ids and same_data
     own = same_settings and DATA not in allowed and not _copied(config)
-    if own and (pathlib.Path(known["folder"]) / "manifest.json").is_file():
+    if own and (pathlib.Path(known["folder"]) / MANIFEST).is_file():
         store = open_token_store(known["folder"])
     else:
         store = _configured_store(config)
@@ -75,6 +76,37 @@ def data_changes(folder: pathlib.Path, store: TokenStore) -> list[Change]:
     return [change for change in changes if change.before != change.after]
 
 
+def data_of_run(folder: pathlib.Path, place: str = "") -> TokenStore:
+    """The token store that the run in `folder` was trained on, with every shard's hash checked; none is prepared.
+
+    Args:
+      folder: of the run, whether it has saved a step or not.
+      place: where the store is now, a folder or an address at gs://; empty: where the run found it.
+
+    Raises:
+      UsageError: nothing is at `place`.
+      DataError: `folder` holds no run, or its data is not there, damaged, or not what the run was trained on.
+    """
+    known, config = read_data(folder), read_config(folder)
+    here = (pathlib.Path(known["folder"]) / MANIFEST).is_file()
+    if place or (_copied(config) and not here):
+        source = f"tokens:{place}" if place else config.data.source
+        store = ensure_prepared(source=source, cache_dir=config.data.cache_dir or cache_folder("tokens"))
+    elif here:
+        store = open_token_store(known["folder"])
+    else:
+        raise DataError(
+            f"{address_of(folder)} was trained on the data in {known['folder']}, which is not there; bring it back, or "
+            "name the folder that has it now with --data=DIR"
+        )
+    if store.fingerprint != known["fingerprint"]:
+        raise DataError(
+            f"{address_of(folder)} was trained on data {known['fingerprint'][:12]}, but {store.folder} holds "
+            f"{store.fingerprint[:12]}; bring the old data back, or name the folder that has it with --data=DIR"
+        )
+    return _verified(store)
+
+
 def with_vocabulary_of_source(config: RunConfig) -> RunConfig:
     """The config with `model.vocab_size`, where it is open, from `init_from`. Raises like `open_data`."""
     if not config.init_from or config.model.vocab_size:
@@ -93,31 +125,43 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=chosen or vocab_size))
 
 
-def cut_batches(config: RunConfig, store: TokenStore, mesh: Mesh) -> tuple[TrainBatches, EvaluationBatches]:
-    """This host's rows of the training batches, and of the evaluation batches (as large as a microbatch)."""
-    train, length = config.train, config.context_length
-    train_stream, held_out_stream = store.split("train"), store.split("held_out")
-    train_windows: PackedWindows | PaddedWindows
-    held_out_windows: PackedWindows | PaddedWindows
+def cut_batches(
+    config: RunConfig, store: TokenStore, mesh: Mesh, skips: Sequence[Skip] = ()
+) -> tuple[TrainBatches, EvaluationBatches]:
+    """This host's rows of the training batches, and of the evaluation batches (as large as a microbatch).
+
+    `skips` are training batches left out.
+    """
+    train, stream = config.train, store.split("held_out")
+    windows: PackedWindows | PaddedWindows
     if config.data.windows == "packed":
-        train_windows = PackedWindows(train_stream, length)
-        held_out_windows = PackedWindows(held_out_stream, length, include_tail=True)
+        windows = PackedWindows(stream, config.context_length, include_tail=True)
     else:
-        end_of_text = store.tokenizer.end_of_text
-        train_windows = PaddedWindows(train_stream, length, end_of_text)
-        held_out_windows = PaddedWindows(held_out_stream, length, end_of_text)
+        windows = PaddedWindows(stream, config.context_length, store.tokenizer.end_of_text)
     microbatch = train.batch_size // train.microbatches
     return (
-        TrainBatches(
-            train_windows,
-            batch_size=train.batch_size,
-            seed=config.seed,
-            context_lengths=train.context_lengths,
-            rows=own_rows(mesh, train.batch_size),
-        ),
-        EvaluationBatches(
-            held_out_windows, microbatch, max_windows=train.eval_windows, rows=own_rows(mesh, microbatch)
-        ),
+        cut_train_batches(config, store, own_rows(mesh, train.batch_size), skips),
+        EvaluationBatches(windows, microbatch, max_windows=train.eval_windows, rows=own_rows(mesh, microbatch)),
+    )
+
+
+def cut_train_batches(
+    config: RunConfig, store: TokenStore, rows: Sequence[int] | None = None, skips: Sequence[Skip] = ()
+) -> TrainBatches:
+    """The training batches, without those in `skips`; `rows` are the rows wanted of each, None: all."""
+    stream = store.split("train")
+    windows: PackedWindows | PaddedWindows
+    if config.data.windows == "packed":
+        windows = PackedWindows(stream, config.context_length)
+    else:
+        windows = PaddedWindows(stream, config.context_length, store.tokenizer.end_of_text)
+    return TrainBatches(
+        windows,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        context_lengths=config.train.context_lengths,
+        rows=rows,
+        skips=skips,
     )
 
 

@@ -1,9 +1,11 @@
 """A run folder explains itself: resolved config, tokenizer, where the tokens came from, versions.
 
 config.json       the resolved config           metrics.jsonl   one line per report
-run.json          data, versions, changes       samples/          texts written during training
+run.json          data, versions, changes,      samples/        texts written during training
+                  skipped batches
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
+events.jsonl      what happened, if anything did (events.py)
 
 One at gs:// is worked on in a mirror (see remote_folder.py): `pull` at the start, `push` after each save. Only its
 `checkpoints/` are written and read where they are.
@@ -22,6 +24,7 @@ from etils import epath
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import from_json, to_json
+from gpt2_jax.data.skipped import Skip, skips_from_json, skips_to_json
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.folder_lock import folder_lock
 from gpt2_jax.remote_folder import address_of, check_writable, is_remote, make_mirror, pull, storage_path
@@ -70,7 +73,11 @@ def checkpoints_folder(folder: pathlib.Path) -> epath.Path:
 
 
 def write_run(
-    folder: pathlib.Path, config: RunConfig, data: dict[str, str], changes: Sequence[Mapping[str, Any]] = ()
+    folder: pathlib.Path,
+    config: RunConfig,
+    data: dict[str, str],
+    changes: Sequence[Mapping[str, Any]] = (),
+    skipped: Sequence[Skip] | None = None,
 ) -> None:
     """Writes `run.json`, then `config.json`: where that is, a run was started.
 
@@ -79,11 +86,19 @@ def write_run(
       config: the resolved config.
       data: folder and fingerprint of the token store.
       changes: all that the run was allowed to change up to now; see `read_changes`.
+      skipped: the batches that the run leaves out; None: those that the folder's `run.json` has, if there is one.
+
+    Raises:
+      DataError: that file is damaged.
     """
+    if skipped is None:
+        skipped = read_skipped(folder) if (folder / "run.json").exists() else ()
     versions = {name: _version(name) for name in _VERSIONED}
-    about = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
+    about: dict[str, Any] = {"format": 1, "data": data, "versions": {"python": platform.python_version(), **versions}}
     if changes:
         about["changes"] = changes
+    if skipped:
+        about["skipped"] = skips_to_json(skipped)
     write_text_atomically(folder / "run.json", json.dumps(about, indent=2) + "\n")
     write_text_atomically(folder / "config.json", to_json(config))
 
@@ -107,11 +122,13 @@ def read_config(folder: pathlib.Path) -> RunConfig:
 
 def read_data(folder: pathlib.Path) -> dict[str, str]:
     """Where the data of a run was, and its fingerprint. Raises DataError when that cannot be read."""
-    about = _read_about(folder)
-    try:
-        return {"folder": str(about["data"]["folder"]), "fingerprint": str(about["data"]["fingerprint"])}
-    except (KeyError, TypeError):
-        raise DataError(f"{folder / 'run.json'} is damaged: it has not the data's folder and fingerprint") from None
+    data = _read_about(folder)["data"]
+    return {"folder": str(data["folder"]), "fingerprint": str(data["fingerprint"])}
+
+
+def read_skipped(folder: pathlib.Path) -> tuple[Skip, ...]:
+    """The training batches that the run leaves out. Raises DataError when that cannot be read."""
+    return skips_from_json(_read_about(folder).get("skipped", []), f"{folder / 'run.json'}: skipped")
 
 
 def read_changes(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -128,15 +145,17 @@ def read_changes(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _read_about(folder: pathlib.Path) -> dict[str, Any]:
+    """What `run.json` holds, with the data's folder and fingerprint in it."""
     file = folder / "run.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
+        whole = {"folder", "fingerprint"} <= about["data"].keys()
     except OSError as error:
         raise DataError(f"{address_of(folder)} is not a run folder: {file.name}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict):
-        raise DataError(f"{file} is damaged: it is not a JSON object")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise DataError(f"{file} is damaged: it is not JSON with the data's folder and fingerprint")
     return about
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2_jax.data.batches import Batch, EvaluationBatches, TrainBatches
+from gpt2_jax.data.skipped import Skip
 from gpt2_jax.data.windows import Window
 from gpt2_jax.errors import UsageError
 
@@ -164,3 +165,19 @@ def test_evaluation_rows_of_all_hosts() -> None:
     assert [len(half) for half in halves] == [3, 3]
     for batch, first, second in zip(whole, *halves, strict=True):
         assert same(batch, {name: np.concatenate([first[name], second[name]]) for name in batch})
+
+
+def test_skipped_batches_are_left_out_with_their_lengths() -> None:
+    settings = {"batch_size": 4, "seed": 3, "context_lengths": (2, 4, 8)}
+    whole = TrainBatches(CountingWindows(50), **settings)
+    order = [n for n in range(40) if n not in (5, 6, 7, 20)]  # three at step 5, one at step 17
+    batches = TrainBatches(CountingWindows(50), **settings, skips=[Skip(5, 3), Skip(17, 1)])
+    rows = TrainBatches(CountingWindows(50), **settings, skips=[Skip(5, 3), Skip(17, 1)], rows=[2])
+    assert len({whole.batch(number)["tokens"].shape for number in order}) == 3
+    for step, number in enumerate(order):
+        assert batches.batch_number(step) == number
+        assert same(batches.batch(step), whole.batch(number))
+        assert batches.window_indices(step) == whole.window_indices(number)
+        assert rows.window_indices(step) == whole.window_indices(number)[2:3]
+        assert rows.all_window_indices(step) == whole.window_indices(number)
+    assert [step for step, batch in batches.iterate(3, 9) if not same(batch, whole.batch(order[step]))] == []

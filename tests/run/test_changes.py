@@ -31,6 +31,7 @@ OTHER = {
     "train": {
         **{"steps": 2000, "batch_size": 64, "context_length": 512, "context_lengths": [256], "microbatches": 2},
         **{"loss_chunk": 128, "log_every": 3, "eval_every": 3, "eval_windows": 3, "sample_every": 3},
+        **{"max_skipped_steps": 3, "spike_sigmas": 3.0},
     },
     "checkpoint": {"every": 3, "keep_last": 3, "keep_best": 3, "export_best": False},
     "mesh": {"data": 2, "fsdp": -1, "tensor": 2, "dcn_data": 2},
@@ -46,6 +47,7 @@ WITH = {  # what else a value needs
 STORED = {**WITH, "optimizer.decay_steps": {"optimizer": {"schedule": "wsd", "decay_steps": 9}}}
 FREE = {
     *("train.log_every", "train.eval_every", "train.eval_windows", "train.sample_every", "train.loss_chunk"),
+    *("train.max_skipped_steps", "train.spike_sigmas"),
     *("model.remat", "model.scan_unroll", "model.attention"),
     *("data.source", "data.text_field", "data.held_out", "data.cache_dir", "tokenizer.path"),
     *("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.export_best"),

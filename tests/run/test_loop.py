@@ -154,6 +154,20 @@ def test_the_clock_of_an_interval_stops_during_actions() -> None:
     assert 0 < seconds[0] < 0.9
 
 
+def test_each_step_is_observed_once_its_metrics_are_known_to_be_finite() -> None:
+    reported: dict[int, Interval] = {}
+    seen: list[tuple[int, float]] = []
+    run(
+        first_state(),
+        5,
+        report=lambda step, _, interval: reported.setdefault(step, interval),
+        observe=lambda step, values: seen.append((step, values["loss_sum"])),
+    )
+    assert seen == [(step, reported[step].loss_sum) for step in range(1, 6)]
+    with pytest.raises(DivergedError):
+        run(with_nan(first_state()), 1, observe=lambda step, values: pytest.fail("not finite"))
+
+
 @pytest.mark.parametrize(
     ("every", "at_end", "due"),
     [(3, True, [3, 6, 7]), (3, False, [3, 6]), (0, True, [7]), (0, False, []), (7, True, [7])],

@@ -2,12 +2,14 @@
 
 import json
 import pathlib
+from typing import Any
 
 import pytest
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import run_config
+from gpt2_jax.data.skipped import Skip
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.run.run_folder import (
     holds_run,
@@ -15,6 +17,7 @@ from gpt2_jax.run.run_folder import (
     read_changes,
     read_config,
     read_data,
+    read_skipped,
     write_run,
 )
 
@@ -31,6 +34,29 @@ def test_what_is_written_is_read(tmp_path: pathlib.Path) -> None:
     about = json.loads((tmp_path / "run.json").read_text())
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint", "grain"} <= set(about["versions"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.json"]
+
+
+def test_skipped_batches_are_kept_until_others_are_given(tmp_path: pathlib.Path) -> None:
+    write_run(tmp_path, RunConfig(), DATA)
+    assert read_skipped(tmp_path) == ()
+    assert "skipped" not in json.loads((tmp_path / "run.json").read_text())
+    write_run(tmp_path, RunConfig(), DATA, [Skip(40, 5)])
+    assert json.loads((tmp_path / "run.json").read_text())["skipped"] == [{"at": 40, "batches": 5}]
+    write_run(tmp_path, run_config({"train": {"log_every": 3}}), {**DATA, "folder": "/elsewhere"})
+    assert read_skipped(tmp_path) == (Skip(40, 5),)
+    assert read_data(tmp_path)["folder"] == "/elsewhere"
+    write_run(tmp_path, RunConfig(), DATA, [*read_skipped(tmp_path), Skip(60, 1)])
+    assert read_skipped(tmp_path) == (Skip(40, 5), Skip(60, 1))
+
+
+@pytest.mark.parametrize("skipped", [3, {"at": 1, "batches": 1}, [{"at": -1, "batches": 1}], [[1, 2]], None])
+def test_a_damaged_list_of_skipped_batches_is_named_and_not_overwritten(tmp_path: pathlib.Path, skipped: Any) -> None:
+    text = json.dumps({"data": DATA, "skipped": skipped})
+    (tmp_path / "run.json").write_text(text)
+    for use in (read_skipped, lambda folder: write_run(folder, RunConfig(), DATA)):
+        with pytest.raises(DataError, match="run.json: skipped"):
+            use(tmp_path)
+    assert (tmp_path / "run.json").read_text() == text
 
 
 def test_a_run_is_held_from_its_first_save_on(tmp_path: pathlib.Path) -> None:
