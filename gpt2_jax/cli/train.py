@@ -47,6 +47,7 @@ def _train(argv: list[str]) -> int:
         profile=_profile_steps(flags.profile),
         compile_cache=compile_cache_folder(flags),
         checkpoints=flags.checkpoints,
+        steal_lock=flags.steal_lock,
         hosts=HostOptions(
             coordinator_address=flags.coordinator_address,
             num_processes=flags.num_processes,
@@ -79,6 +80,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_argument("--config", default="", metavar="FILE", help="Python file with get_config()")
     parser.add_argument("--workdir", default="", help="run folder (default: runs/NAME of the config file)")
+    parser.add_argument(
+        "--steal_lock", action="store_true", help="take the run folder from the job that holds it, dead or alive"
+    )
     parser.add_argument("--print_config", action="store_true", help="show the resolved config and exit")
     parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="mirror the metrics to Weights & Biases")

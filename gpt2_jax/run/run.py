@@ -43,7 +43,7 @@ from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.steps import StepSettings
-from gpt2_jax.training.train_state import abstract_state
+from gpt2_jax.training.train_state import TrainState, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class RunOptions:
       profile: first and last step of a profiler trace, or None.
       compile_cache: folder of the persistent compilation cache; empty: none.
       checkpoints: folder of the checkpoints, which all hosts share; empty: in the run folder.
+      steal_lock: take the run folder, and that of the checkpoints, from whatever job holds them.
       hosts: how the processes of the run find one another.
     """
 
@@ -68,6 +69,7 @@ class RunOptions:
     profile: tuple[int, int] | None = None
     compile_cache: str = ""
     checkpoints: str = ""
+    steal_lock: bool = False
     hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
 
 
@@ -87,7 +89,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         hosts.check_equal(_facts(config))
         with hosts.together():
             check_accelerator_is_used()
-        with run_folders(hosts, options.workdir, options.checkpoints) as folders:
+        with run_folders(hosts, options.workdir, options.checkpoints, steal=options.steal_lock) as folders:
             _run(config, options, hosts, folders)
 
 
@@ -119,7 +121,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         preempted = stack.enter_context(preemption_noticed())
         stack.enter_context(use_mesh(mesh))
         if hosts.first:
-            stack.callback(push, folder)  # last, whatever happens
+            stack.callback(_send, folders)  # last, whatever happens
         checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
         state = first_state(config, settings, mesh, checkpoints, fingerprints)
@@ -127,9 +129,10 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         with hosts.together():
             # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
             if hosts.first:
+                folders.check_held()
                 tokenizer.save(folder / "tokenizer")
                 write_run(folder, config, {"folder": str(store.folder), "fingerprint": store.fingerprint})
-                push(folder)
+                _send(folders)
             writers = _writers(folder, options, config, start) if hosts.first else []
         for writer in writers:
             stack.callback(writer.close)
@@ -140,7 +143,12 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         progress.say(_summary(config, store, train_batches, mesh, attention, flags, folder, start))
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
-        save = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
+        write = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
+
+        def save(step: int, state: TrainState) -> None:
+            folders.check_held()
+            write(step, state)
+
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
@@ -158,7 +166,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 Action(config.train.eval_every, evaluate),
                 Action(config.train.sample_every, sample),
                 Action(config.checkpoint.every, save),  # last: a run that is killed goes on after what was saved
-                *([Action(config.checkpoint.every, lambda step, state: push(folder))] if hosts.first else []),
+                *([Action(config.checkpoint.every, lambda step, state: _send(folders))] if hosts.first else []),
             ),
             preempted=preempted,
             save=save,
@@ -166,11 +174,18 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
     with hosts.together():
         if hosts.first:
+            folders.check_held()
             draw_losses(folder / "metrics.jsonl", folder / "loss.png")
             if config.checkpoint.export_best:
                 export_best(folder, config, best)
-            push(folder)
+            _send(folders)
             print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
+
+
+def _send(folders: RunFolders) -> None:
+    """To gs://, what has changed in the mirror of a run folder there."""
+    folders.check_held()
+    push(folders.run)
 
 
 def _facts(config: RunConfig) -> dict[str, str]:

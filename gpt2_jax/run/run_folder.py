@@ -4,6 +4,7 @@ config.json       the resolved config           metrics.jsonl   one line per rep
 run.json          data and versions             samples/          texts written during training
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
+lease.json        while a job works here: who   run.lock        the same, for the processes of one machine
 
 One at gs:// is worked on in a mirror (see remote_folder.py): `pull` at the start, `push` after each save. Only its
 `checkpoints/` are written and read where they are.
