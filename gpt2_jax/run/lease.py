@@ -35,7 +35,8 @@ class Rhythm:
       renew: between renewals.
       lapse: without a renewal, after which a lease is no longer worth anything.
       look: between two looks of a holder, whether its lease is still there.
-      pause: between two looks of one who watches; and from taking a lease over to reading it again.
+      pause: between two looks of one who watches; and from taking a lease to reading it again, which shows who has it
+        of those who took it at once.
     """
 
     renew: float = 60.0
@@ -59,12 +60,14 @@ class Lease:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._lost = ""
-        self._failing = self._written = False
+        self._failing = self._written = self._confirmed = False
         self._renewed = self._looked = 0.0
 
     def check(self) -> None:
         """Raises LeaseLostError where the folder may be another job's. Cheap: a thread asks the storage."""
-        if not self._lost and _now() - self._looked > self._rhythm.renew:
+        if not self._confirmed:
+            time.sleep(max(0.0, self._renewed + self._rhythm.pause - _now()))
+        if not self._lost and (not self._confirmed or _now() - self._looked > self._rhythm.renew):
             # The background has slept, as all of this process or machine may have, or the storage does not answer.
             if self._lock.acquire(timeout=max(_PATIENCE_SECONDS, self._renewed + self._rhythm.lapse - _now())):
                 try:
@@ -73,6 +76,7 @@ class Lease:
                     self._lock.release()
             else:
                 self._lose(f"could not be renewed for {self._rhythm.lapse:g} s: the storage does not answer")
+        self._confirmed = True
         if self._lost:
             raise LeaseLostError(f"{self._place}: {self._lost}; this job writes nothing more there")
 
@@ -110,7 +114,7 @@ class Lease:
             return False
         if not self._made():
             return False
-        # Another one may have judged the same lease at the same time. The one whose lease is there in the end has it.
+        # Another one may have judged the same lease at the same time: better known now than at the first `check`.
         time.sleep(self._rhythm.pause)
         if not self._is_there():
             self._refuse_if_there()

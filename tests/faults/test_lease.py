@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,13 +24,15 @@ from tiny_run import REPOSITORY, Workshop, contents, finish, workshop
 from gpt2_jax.errors import DivergedError, PreemptedError, UsageError
 from gpt2_jax.run.folders import run_folders
 from gpt2_jax.run.hosts import Hosts
-from gpt2_jax.run.lease import Lease, LeaseLostError, Rhythm, held
+from gpt2_jax.run.lease import LeaseLostError, Rhythm, held
 from gpt2_jax.run.lease_file import BucketLeaseFile, LeaseFile, LocalLeaseFile
 
 # Of a holder whose renewals a test waits for; the lapse is long, so that a busy machine does not let it pass.
 HOLDING = Rhythm(renew=0.05, lapse=60, look=0.02, pause=0.05)
 # Of one who finds a lease that nobody renews.
 FINDING = Rhythm(renew=0.05, lapse=0.5, look=0.02, pause=0.05)
+# Of one who is slow, and reads again late enough for others as slow.
+CAREFUL = dataclasses.replace(HOLDING, renew=0.2, pause=0.5)
 SECONDS = 60
 
 BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
@@ -137,6 +141,13 @@ def asked(process: subprocess.Popen, line: str, answer: str) -> None:
     process.stdin.write(f"{line}\n")
     process.stdin.flush()
     said(process, answer)
+
+
+@pytest.fixture
+def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """The server; mirrors are below `tmp_path`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return storage()
 
 
 # One machine
@@ -483,62 +494,119 @@ def test_a_folder_is_taken_from_another_host_at_once(tmp_path: pathlib.Path, cap
 # Two who take it at once
 
 
-def race(file: Callable[[], LeaseFile], rhythm: Rhythm, takers: int) -> list[Lease]:
-    """Lets them all go for it, without a lock between them; gives those that have it."""
-    start, winners, failures = threading.Barrier(takers), [], []
-    over = threading.Event()
+def race(file: Callable[[], LeaseFile], rhythm: Rhythm, takers: int, seed: int) -> int:
+    """Lets them all go for it, without a lock between them; gives the number of those that had it."""
+    start, over = threading.Barrier(takers), threading.Event()
+    winners: list[int] = []
+    failures: list[str] = []
 
-    def go() -> None:
-        own = file()
+    def go(number: int) -> None:
+        own, dice = file(), random.Random(seed * takers + number)
         start.wait()
+        sys.settrace(lambda *frame: dawdle(dice, *frame))  # of this thread
         try:
             with held(own, "the place", rhythm=rhythm) as lease:
-                winners.append(lease)
+                lease.check()
+                winners.append(number)
                 over.wait()
         except UsageError:
             failures.append("refused")
         except BaseException as error:
             failures.append(repr(error))
 
-    threads = [threading.Thread(target=go) for _ in range(takers)]
+    threads = [threading.Thread(target=go, args=(number,)) for number in range(takers)]
     for thread in threads:
         thread.start()
     wait_for(lambda: len(winners) + len(failures) == takers)
     try:
         assert {*failures} <= {"refused"}
-        time.sleep(2 * rhythm.look + rhythm.pause)
-        return [lease for lease in winners if holds(lease)]
+        return len(winners)
     finally:
         over.set()
         for thread in threads:
             thread.join()
 
 
-def holds(lease: Lease) -> bool:
-    try:
-        lease.check()
-    except LeaseLostError:
-        return False
-    return True
+def dawdle(dice: random.Random, frame: types.FrameType, event: str, _: Any) -> Any:
+    """Traces the lines of the lease, and waits a little before some, so that they come in all orders."""
+    if not pathlib.Path(frame.f_code.co_filename).name.startswith("lease"):
+        return None
+    if event == "line" and dice.random() < 0.3:
+        time.sleep(dice.random() * 0.003)
+    return lambda *inner: dawdle(dice, *inner)
 
 
 @pytest.mark.parametrize("left", [None, here(started="1")], ids=["an empty folder", "a dead job's lease"])
 def test_one_of_many_on_one_folder_gets_it(tmp_path: pathlib.Path, left: dict[str, Any] | None) -> None:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    rounds, won = 30, 0
-    try:
-        for _ in range(rounds):
-            if left is not None:
-                put(tmp_path, left)
-            winners = race(lambda: LocalLeaseFile(tmp_path), HOLDING, 6)
-            assert len(winners) <= 1
-            won += len(winners)
-            assert not (tmp_path / "lease.json").exists()
-    finally:
-        sys.setswitchinterval(interval)
+    rounds, won = 10, 0
+    for seed in range(rounds):
+        if left is not None:
+            put(tmp_path, left)
+        winners = race(lambda: LocalLeaseFile(tmp_path), CAREFUL, 6, seed)
+        assert winners <= 1
+        won += winners
+        assert not list(tmp_path.iterdir())
     assert won > rounds / 2
-    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_written_over_at_the_start_gives_way(tmp_path: pathlib.Path) -> None:
+    with take(tmp_path, CAREFUL) as folders:
+        put(tmp_path, elsewhere())
+        with pytest.raises(LeaseLostError, match="host far-away"):
+            folders.check_held()  # the first one is sure
+
+
+def test_who_is_written_over_while_he_takes_over_gives_way(tmp_path: pathlib.Path) -> None:
+    old = put(tmp_path, here(started="1"))
+
+    def write_over() -> None:
+        wait_for(lambda: LocalLeaseFile(tmp_path).read() not in (old, None, b""))
+        put(tmp_path, elsewhere())
+
+    thread = threading.Thread(target=write_over)
+    thread.start()
+    with pytest.raises(UsageError, match="host far-away, pid 4242, .* works there"), take(tmp_path, CAREFUL):
+        pass
+    thread.join()
+    assert json.loads((tmp_path / "lease.json").read_text()) == elsewhere()
+
+
+def test_what_is_there_is_not_made_anew(tmp_path: pathlib.Path, bucket: Storage) -> None:
+    for file in (LocalLeaseFile(tmp_path), BucketLeaseFile("gs://bucket/leases/new")):
+        assert file.read() is None
+        assert file.create(b"first")
+        assert not file.create(b"second")
+        assert file.read() == b"first"
+        for change in (file.remove, lambda judge, file=file: file.renew(judge, b"third")):
+            assert not change(lambda data: data == b"second")
+        assert file.read() == b"first"
+        assert file.renew(lambda data: data == b"first", b"third")
+        assert file.read() == b"third"
+        assert file.remove(lambda data: data == b"third")
+        assert file.read() is None
+        assert not file.remove(lambda data: True)
+        assert not file.renew(lambda data: True, b"fourth")
+        assert file.read() is None
+
+
+@pytest.mark.parametrize("change", ["remove", "renew"])
+def test_a_lease_that_comes_between_two_steps_of_another_stays(tmp_path: pathlib.Path, change: str) -> None:
+    file = LocalLeaseFile(tmp_path)
+    file.create(b"old")
+
+    def judge(data: bytes) -> bool:
+        if data == b"old":  # and now another takes the folder over
+            file_of_other.write_bytes(b"another's")
+            os.replace(file_of_other, tmp_path / "lease.json")
+        return data == b"old"
+
+    file_of_other = tmp_path / "other"
+    if change == "remove":
+        assert not file.remove(judge)
+    else:
+        file.renew(judge, b"new")
+    assert file.read() == b"another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["lease.json"]
 
 
 # Real runs
@@ -615,13 +683,6 @@ def test_a_run_whose_folder_is_stolen_saves_no_more(tiny: Workshop, tmp_path: pa
 # A bucket
 
 
-@pytest.fixture
-def bucket(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """The server; mirrors are below `tmp_path`."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return storage()
-
-
 def take_remote(name: str, rhythm: Rhythm, **options: Any) -> contextlib.AbstractContextManager:
     return run_folders(Hosts(0, 1), f"gs://bucket/{name}", "", rhythm=rhythm, **options)
 
@@ -668,10 +729,9 @@ def test_a_lease_in_a_bucket_lapses_and_is_lost(bucket: Storage, capsys: pytest.
 
 @pytest.mark.parametrize("left", [None, here(started="1")], ids=["an empty folder", "a dead job's lease"])
 def test_one_of_many_on_one_bucket_gets_it(bucket: Storage, left: dict[str, Any] | None) -> None:
-    rhythm = dataclasses.replace(HOLDING, renew=0.2, look=0.1, pause=0.3)
     for count in range(3):
         name = f"leases/race{count}{left is None}"
         if left is not None:
             bucket.put(f"{name}/lease.json", json.dumps(left).encode())
-        assert len(race(lambda name=name: BucketLeaseFile(f"gs://bucket/{name}"), rhythm, 4)) <= 1
+        assert race(lambda name=name: BucketLeaseFile(f"gs://bucket/{name}"), CAREFUL, 4, count) <= 1
         assert bucket.names(name) == {}
