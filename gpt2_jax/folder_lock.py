@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from gpt2_jax.errors import UsageError
 
 
+class FolderInUseError(UsageError):
+    """Another process has the lock."""
+
+
 @contextlib.contextmanager
 def folder_lock(folder: pathlib.Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock file beside `folder`. A process that ends in any way lets go of it.
 
-    Raises UsageError if the file cannot be made, or if another process has it and `wait` is False.
+    Raises UsageError if the file cannot be made, FolderInUseError if another process has it and `wait` is False.
     """
     path = folder.with_name(f"{folder.name}.lock")
     descriptor = _acquire(path, wait)
@@ -36,7 +40,8 @@ def _acquire(path: pathlib.Path, wait: bool) -> int:
         except BlockingIOError:
             if not wait:
                 os.close(descriptor)
-                raise UsageError(f"{path}: another process works there; wait for it, or name another folder") from None
+                message = f"{path}: another process works there; wait for it, or name another folder"
+                raise FolderInUseError(message) from None
             print(f"waiting for another process, which holds {path}", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         # The last holder removed the file before it let go: what we hold may no longer be the file of that name.

@@ -26,7 +26,9 @@ from gpt2_jax.errors import Gpt2JaxError, UsageError
 from gpt2_jax.user_paths import cache_folder
 
 _MARKER = ".remote.json"
-_NOT_MIRRORED = re.compile(r"checkpoints/.*|(.*/)?huggingface\.new/.*|.*\.(tmp|lock)|\.remote\.json|\.writable\..*")
+_NOT_MIRRORED = re.compile(
+    r"checkpoints/.*|(.*/)?huggingface\.new/.*|.*\.(tmp|lock)|\.remote\.json|\.writable\..*|lease\.json"
+)
 _ADDRESS = re.compile(r"gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^/#?*\[\]\s]+)+/?")
 _AT_ONCE = 8  # copies
 _REMEDY = "check the bucket's name and the credentials (gcloud auth application-default login)"
@@ -128,6 +130,41 @@ def read_bytes(address: str) -> bytes:
     """What a small remote file holds."""
     with _told(address):
         return bytes(_filesystem().cat_file(address))
+
+
+def read_object(address: str) -> bytes | None:
+    """What a small remote file holds; None where there is none."""
+    with _told(address):
+        try:
+            return bytes(_filesystem().cat_file(address))
+        except FileNotFoundError:
+            return None
+
+
+def create_object(address: str, data: bytes) -> bool:
+    """Writes a small remote file; False where there is one already, which the storage itself decides."""
+    with _told(address):
+        try:
+            _filesystem().pipe_file(address, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+
+def write_object(address: str, data: bytes) -> None:
+    """Writes a small remote file, whether or not there is one."""
+    with _told(address):
+        _filesystem().pipe_file(address, data)
+
+
+def remove_object(address: str) -> bool:
+    """Removes a remote file; False where there is none."""
+    with _told(address):
+        try:
+            _filesystem().rm_file(address)
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def fetch(files: list[tuple[str, pathlib.Path]], check: Check | None = None) -> None:

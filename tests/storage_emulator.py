@@ -1,7 +1,9 @@
 """Google Cloud Storage on this machine, for tests: a real server on the loopback address, found by real clients."""
 
+import contextlib
 import dataclasses
 import functools
+import http
 import importlib.util
 import json
 import logging
@@ -68,6 +70,7 @@ def storage() -> Storage:
     from gcp_storage_emulator.server import create_server
 
     objects.download = _with_generation(objects.download)
+    objects._multipart_upload = _with_precondition(objects._multipart_upload)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,6 +101,21 @@ def _with_generation(download: Callable[..., None]) -> Callable[..., None]:
             response["x-goog-generation"] = found["generation"]
 
     return with_generation
+
+
+def _with_precondition(upload: Callable[..., None]) -> Callable[..., None]:
+    """Refuses, as Google's server does, to write over an object where a request wants a new one."""
+    from gcp_storage_emulator.exceptions import NotFound
+
+    def with_precondition(request: Any, response: Any, files: Any) -> None:
+        if request.query.get("ifGenerationMatch") == ["0"]:
+            with contextlib.suppress(NotFound):
+                files.get_file_obj(request.params["bucket_name"], request.data["meta"]["name"])
+                response.status = http.HTTPStatus.PRECONDITION_FAILED
+                return
+        upload(request, response, files)
+
+    return with_precondition
 
 
 class _Requests(logging.Handler):

@@ -130,8 +130,8 @@ def test_a_folder_where_another_process_trains(tiny: Workshop, tmp_path: pathlib
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "run")
     with folder_lock(tmp_path / "run" / "run"):
-        tiny.run_here(tmp_path / "link").says(2, str(tmp_path / "run"), "another process works there")
-        tiny.run_here(tmp_path / "run").says(2, str(tmp_path / "run"), "another process works there")
+        tiny.run_here(tmp_path / "link").says(2, str(tmp_path / "run"), "another job works there")
+        tiny.run_here(tmp_path / "run").says(2, str(tmp_path / "run"), "another job works there")
     assert contents(tmp_path / "run") == {}
 
 

@@ -50,6 +50,7 @@ def _train(argv: list[str]) -> int:
         compile_cache=compile_cache_folder(flags),
         watchdog=flags.watchdog,
         checkpoints=flags.checkpoints,
+        steal_lock=flags.steal_lock,
         hosts=HostOptions(
             coordinator_address=flags.coordinator_address,
             num_processes=flags.num_processes,
@@ -83,6 +84,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     )
     parser.add_argument("--config", default="", metavar="FILE", help="Python file with get_config()")
     parser.add_argument("--workdir", default="", help="run folder (default: runs/NAME of the config file)")
+    parser.add_argument(
+        "--steal_lock", action="store_true", help="take the run folder from the job that holds it, dead or alive"
+    )
     parser.add_argument("--print_config", action="store_true", help="show the resolved config and exit")
     parser.add_argument("--tensorboard", action="store_true", help="mirror the metrics for TensorBoard")
     parser.add_argument("--wandb", default="", metavar="PROJECT", help="mirror the metrics to Weights & Biases")

@@ -5,14 +5,16 @@ import dataclasses
 import pathlib
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
 from gpt2_jax.errors import UsageError
-from gpt2_jax.folder_lock import folder_lock
-from gpt2_jax.remote_folder import is_remote, pull
+from gpt2_jax.folder_lock import FolderInUseError, folder_lock
+from gpt2_jax.remote_folder import address_of, is_remote, pull
 from gpt2_jax.run.hosts import Hosts
+from gpt2_jax.run.lease import RHYTHM, Lease, Rhythm, held, in_use
+from gpt2_jax.run.lease_file import BucketLeaseFile, LeaseFile, LocalLeaseFile
 from gpt2_jax.run.run_folder import checkpoints_folder, folder_to_read, make_folder
 from gpt2_jax.user_paths import expand_user
 
@@ -26,15 +28,20 @@ class RunFolders:
     Attributes:
       run: the run folder, or the mirror of one at gs://; only process 0 writes there.
       checkpoints: the saved steps, which all processes write.
+      check_held: raises LeaseLostError, in process 0, where another job may have taken the folders: to be asked before
+        anything is written there. Cheap.
     """
 
     run: pathlib.Path
     checkpoints: epath.Path
+    check_held: Callable[[], None] = lambda: None
 
 
 @contextlib.contextmanager
-def run_folders(hosts: Hosts, workdir: str, checkpoints: str) -> Iterator[RunFolders]:
-    """Makes and locks the folders for the length of the block.
+def run_folders(
+    hosts: Hosts, workdir: str, checkpoints: str, *, steal: bool = False, rhythm: Rhythm = RHYTHM
+) -> Iterator[RunFolders]:
+    """Makes the folders and holds them, by process 0 for all, for the length of the block; `steal`: whoever has them.
 
     Without `checkpoints` they are in the run folder, which all processes must see. With it, the run folder, which is
     then needed by process 0 alone, has a link to it.
@@ -43,21 +50,39 @@ def run_folders(hosts: Hosts, workdir: str, checkpoints: str) -> Iterator[RunFol
       UsageError: a folder cannot be made or is in use, or the processes do not share it.
     """
     with contextlib.ExitStack() as stack:
+        leases: list[Lease] = []
+
+        def hold(lock: pathlib.Path, file: LeaseFile, place: str) -> None:
+            try:
+                stack.enter_context(folder_lock(lock, wait=False))
+            except FolderInUseError:
+                if not steal:
+                    raise in_use(place, file.read()) from None
+            leases.append(stack.enter_context(held(file, place, steal=steal, rhythm=rhythm)))
+
         with hosts.together():
             if checkpoints and is_remote(workdir):
                 raise UsageError(f"--checkpoints={checkpoints}: leave it out, --workdir={workdir} is seen by all hosts")
             shared = expand_user(checkpoints)  # which refuses gs://
             folder = make_folder(workdir) if hosts.first else folder_to_read(workdir)
             if hosts.first:
-                stack.enter_context(folder_lock(folder.resolve() / "run", wait=False))
+                real = folder.resolve()
+                file = BucketLeaseFile(workdir) if is_remote(workdir) else LocalLeaseFile(real)
+                hold(real / "run", file, f"--workdir={address_of(real)}")
                 pull(folder)
             if hosts.first and checkpoints:
                 target = make_folder(checkpoints).resolve()
-                stack.enter_context(folder_lock(target, wait=False))
+                if target != real:
+                    hold(target, LocalLeaseFile(target), f"--checkpoints={target}")
                 _link(folder / "checkpoints", target)
         if not is_remote(workdir):
             _check_shared(hosts, shared if checkpoints else folder, checkpoints)
-        yield RunFolders(folder, epath.Path(shared) if checkpoints else checkpoints_folder(folder))
+
+        def check_held() -> None:
+            for lease in leases:
+                lease.check()
+
+        yield RunFolders(folder, epath.Path(shared) if checkpoints else checkpoints_folder(folder), check_held)
 
 
 def _link(link: pathlib.Path, target: pathlib.Path) -> None:

@@ -48,7 +48,7 @@ from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.tokenizer import Tokenizer
 from gpt2_jax.training.steps import StepSettings
-from gpt2_jax.training.train_state import abstract_state
+from gpt2_jax.training.train_state import TrainState, abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ class RunOptions:
       compile_cache: folder of the persistent compilation cache; empty: none.
       watchdog: seconds after which a step that does not end ends the process; 0: never.
       checkpoints: folder of the checkpoints, which all hosts share; empty: in the run folder.
+      steal_lock: take the run folder, and that of the checkpoints, from whatever job holds them.
       hosts: how the processes of the run find one another.
       allow_change: what a resumed run may change; see `changes.allowed_names`.
     """
@@ -76,6 +77,7 @@ class RunOptions:
     compile_cache: str = ""
     watchdog: float = 0
     checkpoints: str = ""
+    steal_lock: bool = False
     hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
     allow_change: frozenset[str] = frozenset()
 
@@ -96,7 +98,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         hosts.check_equal(_facts(config, options))
         with hosts.together():
             check_accelerator_is_used()
-        with run_folders(hosts, options.workdir, options.checkpoints) as folders:
+        with run_folders(hosts, options.workdir, options.checkpoints, steal=options.steal_lock) as folders:
             _run(config, options, hosts, folders)
 
 
@@ -133,7 +135,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_mesh(mesh))
         if hosts.first:
-            stack.callback(push, folder)  # last, whatever happens
+            stack.callback(_send, folders)  # last, whatever happens
         with hosts.together():
             if hosts.first:
                 mend_metrics(folders.checkpoints)
@@ -144,10 +146,11 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         with hosts.together():
             # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
             if hosts.first:
+                folders.check_held()
                 tokenizer.save(folder / "tokenizer")
                 data = {"folder": str(store.folder), "fingerprint": store.fingerprint}
                 write_run(folder, config, data, [*earlier, *({"step": start, **vars(change)} for change in changes)])
-                push(folder)
+                _send(folders)
             writers = _writers(folder, options, config, start) if hosts.first else []
         for writer in writers:
             stack.callback(writer.close)
@@ -160,7 +163,12 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             progress.say(f"changed   {', '.join(map(str, changes))}: allowed, and recorded in run.json")
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
-        save = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
+        write = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
+
+        def save(step: int, state: TrainState) -> None:
+            folders.check_held()
+            write(step, state)
+
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
@@ -183,7 +191,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 Action(config.train.eval_every, evaluate),
                 Action(config.train.sample_every, sample),
                 Action(config.checkpoint.every, save),  # last: a run that is killed goes on after what was saved
-                *([Action(config.checkpoint.every, lambda step, state: push(folder))] if hosts.first else []),
+                *([Action(config.checkpoint.every, lambda step, state: _send(folders))] if hosts.first else []),
             ),
             leave=leave,
             save=save,
@@ -194,11 +202,18 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
     with hosts.together():
         if hosts.first:
+            folders.check_held()
             draw_losses(folder / "metrics.jsonl", folder / "loss.png")
             if config.checkpoint.export_best:
                 export_best(folder, config, best)
-            push(folder)
+            _send(folders)
             print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
+
+
+def _send(folders: RunFolders) -> None:
+    """To gs://, what has changed in the mirror of a run folder there."""
+    folders.check_held()
+    push(folders.run)
 
 
 def _facts(config: RunConfig, options: RunOptions) -> dict[str, str]:

@@ -6,6 +6,7 @@ run.json          data, versions, changes,      samples/        texts written du
 tokenizer/        the tokenizer, whole          loss.png        the loss curve
 checkpoints/      one folder per saved step     huggingface/    at the end, the best parameters for others
 events.jsonl      what happened, if anything did (events.py)
+lease.json        while a job works here: who   run.lock        the same, for the processes of one machine
 
 One at gs:// is worked on in a mirror (see remote_folder.py): `pull` at the start, `push` after each save. Only its
 `checkpoints/` are written and read where they are.
