@@ -36,6 +36,7 @@ def _train(argv: list[str]) -> int:
     quiet_logs()
     # Only now, when the flags are known to be right: it takes seconds.
     from gpt2_jax.run.hosts import HostOptions, end_process
+    from gpt2_jax.run.rewind import Rewind
     from gpt2_jax.run.run import RunOptions, run
 
     options = RunOptions(
@@ -60,6 +61,7 @@ def _train(argv: list[str]) -> int:
             distributed=not flags.no_distributed,
         ),
         allow_change=allow_change,
+        rewind=None if flags.rewind_to is None else Rewind(flags.rewind_to, flags.skip_batches),
     )
 
     def trained() -> int:
@@ -98,10 +100,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         metavar="KEY[,KEY...]",
         help="resume although these keys of the config, or data, or tokenizer, have changed; recorded in run.json",
     )
+    parser.add_argument(
+        "--rewind_to", type=_at_least(0), metavar="STEP", help="go back to this saved step, once; recorded in run.json"
+    )
+    parser.add_argument(
+        "--skip_batches", type=_at_least(1), metavar="N", help="and leave out the N batches that came next"
+    )
     add_compile_cache_flag(parser)
     _add_host_flags(parser)
     flags, rest = parser.parse_known_args(argv)
     _check_host_flags(flags)
+    if (flags.rewind_to is None) != (flags.skip_batches is None):
+        raise UsageError("--rewind_to=STEP and --skip_batches=N go together: give both, or none")
     return flags, parse_overrides(rest, sorted(parser._option_string_actions))
 
 

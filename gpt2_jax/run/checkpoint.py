@@ -21,6 +21,7 @@ from gpt2_jax.errors import DamagedError, DataError, Gpt2JaxError, UsageError
 from gpt2_jax.fault_points import reach
 from gpt2_jax.remote_folder import is_remote, storage_path
 from gpt2_jax.run.checksums import checksums, named
+from gpt2_jax.run.run_folder import set_aside
 from gpt2_jax.run.saved_metrics import METRIC
 from gpt2_jax.run.seal import SealHandler, SealSave, read_seal
 from gpt2_jax.run.snapshot import snapshot
@@ -29,7 +30,7 @@ from gpt2_jax.training.train_state import TrainState
 # What every process is told by all: see `hosts.Hosts.gather`.
 Gather = Callable[[str], list[str]]
 
-SET_ASIDE = "damaged"
+DAMAGED = "damaged"
 # Marks of failures that are the machine's, and say nothing about the files.
 _PASSING = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNAUTHENTICATED")
 
@@ -214,9 +215,7 @@ class Checkpoints:
     def _set_aside(self, damaged: list[tuple[int, str]], then: str, gather: Gather) -> None:
         if jax.process_index() == 0:
             for step, reason in damaged:
-                target = _free_name(self._folder / SET_ASIDE / str(step))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (self._folder / str(step)).rename(target)
+                target = set_aside(self._folder, step, DAMAGED)
                 print(f"warning: {reason}; moved to {target}; {then}", file=sys.stderr, flush=True)
         gather("")
         self._manager.reload()
@@ -256,14 +255,6 @@ def _is_passing(error: BaseException) -> bool:
     if isinstance(error, MemoryError | PermissionError | ConnectionError | TimeoutError):
         return True
     return any(mark in str(error) for mark in _PASSING)
-
-
-def _free_name(path: epath.Path) -> epath.Path:
-    number, name = 0, path
-    while name.exists():
-        number += 1
-        name = path.with_name(f"{path.name}.{number}")
-    return name
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Diagnosis:
 
     def __call__(self, step: int, state: TrainState) -> str:
         """A clause for the error, with the windows of the batch and the worst gradient; see `loop.train`."""
-        windows = ", ".join(str(index) for index in self._batches.window_indices(step - 1))
+        windows = ", ".join(str(index) for index in self._batches.all_window_indices(step - 1))
         batch = place_batch(self._batches.batch(step - 1), self._mesh)
         shares, _ = jax.device_get(nonfinite_shares(state, batch, settings=self._settings))
         by_name = {

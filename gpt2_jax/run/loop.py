@@ -90,7 +90,7 @@ def train(
       save: run before that, after the actions that are due; does nothing where the step is saved.
       explain: gets the step that was not finite and the state before it; what it says goes into the error.
       watchdog: told of each step.
-      observe: gets each step's metrics as numbers, once they are known to be finite.
+      observe: gets each step's metrics as numbers.
 
     Raises:
       DivergedError: more losses or gradients were not finite than may be skipped; the state is that before them.
@@ -105,10 +105,10 @@ def train(
     def read(step: int, metrics: Metrics, tokens: int) -> None:
         nonlocal interval
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        observe(step, values)
         if values["nonfinite_steps"] > settings.max_skipped:
             with jax.transfer_guard("allow"):
                 raise DivergedError(_not_finite(step, values, explain(step, state)))
-        observe(step, values)
         skipped = values["skipped"]
         if not skipped:
             interval.loss_sum += values["loss_sum"]

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +16,10 @@ from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import from_json, to_json, values_by_key
-from gpt2_jax.data.batches import TrainBatches
-from gpt2_jax.data.token_store import TokenStore
+from gpt2_jax.data.skipped import skips_from_json, skips_to_json
 from gpt2_jax.errors import UsageError
 from gpt2_jax.exchange.bundle import Bundle
-from gpt2_jax.model.gpt2 import padded_vocab_size, parameter_count
+from gpt2_jax.model.gpt2 import padded_vocab_size
 from gpt2_jax.remote_folder import address_of, push
 from gpt2_jax.run.accelerators import check_accelerator_is_used
 from gpt2_jax.run.actions import Evaluate, Report, Sample, Save, whole
@@ -35,14 +33,16 @@ from gpt2_jax.run.folders import RunFolders, run_folders
 from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
 from gpt2_jax.run.leaving import leaving, sigterm_raises
 from gpt2_jax.run.loop import Action, HostBatch, train
+from gpt2_jax.run.messages import farewell, summary
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.progress import Progress
+from gpt2_jax.run.rewind import Rewind, move_later_saves, skips_of_run
 from gpt2_jax.run.run_data import cut_batches, data_changes, open_data, with_vocabulary, with_vocabulary_of_source
 from gpt2_jax.run.run_folder import holds_run, read_changes, read_config, write_run
 from gpt2_jax.run.saved_metrics import mend_metrics
-from gpt2_jax.run.spike_watch import SpikeWatch
 from gpt2_jax.run.step_settings import make_settings, with_attention
+from gpt2_jax.run.step_watch import StepWatch
 from gpt2_jax.run.watchdog import Watchdog
 from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
@@ -67,6 +67,7 @@ class RunOptions:
       steal_lock: take the run folder, and that of the checkpoints, from whatever job holds them.
       hosts: how the processes of the run find one another.
       allow_change: what a resumed run may change; see `changes.allowed_names`.
+      rewind: go back to a saved step, and leave out the batches that came next.
     """
 
     workdir: str
@@ -80,6 +81,7 @@ class RunOptions:
     steal_lock: bool = False
     hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
     allow_change: frozenset[str] = frozenset()
+    rewind: Rewind | None = None
 
 
 def run(config: RunConfig, options: RunOptions) -> None:
@@ -118,7 +120,10 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         tokenizer = store.tokenizer
         config = with_vocabulary(config, tokenizer.vocab_size)
         check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
-        train_batches, held_out_batches = cut_batches(config, store, mesh)
+        own_skips, rewinds = skips_of_run(folder, options.rewind) if hosts.first else ((), False)
+    skips = skips_from_json(json.loads(hosts.gather(json.dumps(skips_to_json(own_skips)))[0]), "skipped")
+    with hosts.together():
+        train_batches, held_out_batches = cut_batches(config, store, mesh, skips)
     fingerprints = {"data_fingerprint": store.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
     hosts.check_equal(fingerprints)
     earlier: list[dict[str, Any]] = []
@@ -139,6 +144,9 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         with hosts.together():
             if hosts.first:
                 mend_metrics(folders.checkpoints)
+                if rewinds and options.rewind is not None:
+                    folders.check_held()
+                    move_later_saves(folder, folders.checkpoints, options.rewind)
         checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
         state = first_state(config, settings, mesh, checkpoints, fingerprints, left, hosts.gather)
@@ -149,7 +157,9 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 folders.check_held()
                 tokenizer.save(folder / "tokenizer")
                 data = {"folder": str(store.folder), "fingerprint": store.fingerprint}
-                write_run(folder, config, data, [*earlier, *({"step": start, **vars(change)} for change in changes)])
+                write_run(
+                    folder, config, data, [*earlier, *({"step": start, **vars(change)} for change in changes)], skips
+                )
                 _send(folders)
             writers = _writers(folder, options, config, start) if hosts.first else []
         for writer in writers:
@@ -158,12 +168,16 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         stack.callback(progress.close)
         if options.profile is not None and options.profile[1] <= start:
             progress.say(f"--profile: its steps were done before; the run goes on after step {start}")
-        progress.say(_summary(config, store, train_batches, mesh, attention, flags, folder, start))
+        progress.say(summary(config, store, train_batches, mesh, attention, flags, folder, start))
+        if skips:
+            told = ", ".join(f"{skip.batches} after step {skip.at}" for skip in skips)
+            progress.say(f"skipped   batches {told}: recorded in run.json")
         if changes:
             progress.say(f"changed   {', '.join(map(str, changes))}: allowed, and recorded in run.json")
 
         evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
-        write = Save(checkpoints, {"config": dataclasses.asdict(config), **fingerprints}, evaluate)
+        meta = {"config": dataclasses.asdict(config), **fingerprints, "skipped": skips_to_json(skips)}
+        write = Save(checkpoints, meta, evaluate)
 
         def save(step: int, state: TrainState) -> None:
             folders.check_held()
@@ -172,7 +186,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
-        watch = SpikeWatch(config.train.spike_sigmas, train_batches, store, folder, progress)
+        watch = StepWatch(config.train, int(state.nonfinite_steps), train_batches, store, folder, progress)
         profiled_steps = options.profile if hosts.first else None
         batches = _profiled(train_batches.iterate(start, steps), profiled_steps, folder / "profile")
         leave = stack.enter_context(leaving(hosts))
@@ -207,7 +221,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             if config.checkpoint.export_best:
                 export_best(folder, config, best)
             _send(folders)
-            print(_farewell(config, options, folder, evaluate.losses, start), flush=True)
+            print(farewell(config, options.config_flags, folder, evaluate.losses, start), flush=True)
 
 
 def _send(folders: RunFolders) -> None:
@@ -220,7 +234,7 @@ def _facts(config: RunConfig, options: RunOptions) -> dict[str, str]:
     """What must be the same on all hosts. Where they keep token stores may differ."""
     settings = {f"config.{key}": repr(value) for key, value in values_by_key(config).items() if key != "data.cache_dir"}
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    flags = {"--allow_change": ",".join(sorted(options.allow_change)) or "nothing"}
+    flags = {"--allow_change": ",".join(sorted(options.allow_change)) or "nothing", "--rewind_to": str(options.rewind)}
     return {"gpt2_jax": code_version(), **packages, **flags, **settings}
 
 
@@ -276,61 +290,6 @@ def _writers(folder: pathlib.Path, options: RunOptions, config: RunConfig, start
     if options.wandb:
         writers.append(WeightsAndBiases(folder, options.wandb, config))
     return writers
-
-
-def _summary(
-    config: RunConfig,
-    store: TokenStore,
-    batches: TrainBatches,
-    mesh: Mesh,
-    attention: str,
-    flags: list[str],
-    folder: pathlib.Path,
-    start: int,
-) -> str:
-    device = mesh.local_devices[0]
-    steps, batch_size = config.train.steps, config.train.batch_size
-    epochs = steps * batch_size / batches.num_windows
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    resumed = f", resumed after step {start}" if start else ""
-    return "\n".join(
-        [
-            f"run       {address_of(folder)}{resumed}",
-            f"data      {config.data.source}: {len(store.split('train')):,} training tokens, "
-            f"{len(store.split('held_out')):,} held out; tokenizer {store.tokenizer.name}, "
-            f"{store.tokenizer.vocab_size:,} ids",
-            f"model     {parameter_count(config.model):,} parameters, {config.model.dtype}",
-            f"training  {steps:,} steps of {batch_size * config.context_length:,} tokens, {epochs:.3g} epochs",
-            f"devices   {device.device_kind}, mesh {axes}",
-            f"compiler  attention {attention}; flags: {'; '.join(flags) or 'none'}",
-        ]
-    )
-
-
-def _farewell(
-    config: RunConfig, options: RunOptions, folder: pathlib.Path, losses: dict[int, float], start: int
-) -> str:
-    lines, where = [], address_of(folder)
-    if start >= config.train.steps:
-        lines.append(f"{where} was done already: {start} of {config.train.steps} steps")
-    elif losses:
-        lines.append(f"held-out loss {losses[max(losses)]:.4f} after step {max(losses)}")
-    load = f"import gpt2_jax; config, params, tokenizer = gpt2_jax.load({json.dumps(where)}); print(config.model)"
-    finetune = [
-        *options.config_flags,
-        f"--workdir={address_of(folder.parent / folder.resolve().name)}-finetuned",
-        f"--config.init_from={where}",
-        f"--config.optimizer.learning_rate={config.optimizer.learning_rate / 10:g}",
-    ]
-    if config.checkpoint.export_best:
-        lines.append(f"the best parameters, for transformers and others, {where}/huggingface")
-    lines += [
-        f"loss curve {where}/loss.png, numbers {where}/metrics.jsonl, samples {where}/samples",
-        "to use it, or to go on from it with a smaller rate (on your text: --config.data.source=text:GLOB):",
-        f"  python -c {shlex.quote(load)}",
-        f"  python train.py {shlex.join(finetune)}",
-    ]
-    return "\n".join(lines)
 
 
 def _profiled(

@@ -106,8 +106,24 @@ def write_run(
 
 def holds_run(folder: pathlib.Path) -> bool:
     """Whether a run was started here and has saved a step; one that has not binds nobody to its settings."""
+    return bool(saved_steps(folder))
+
+
+def saved_steps(folder: pathlib.Path) -> list[int]:
+    """The steps that the run in `folder` has saved, oldest first; whether they are whole shows when they are read."""
     checkpoints = checkpoints_folder(folder)
-    return checkpoints.is_dir() and any(_is_save(step) for step in checkpoints.iterdir())
+    return sorted(int(step.name) for step in checkpoints.iterdir() if _is_save(step)) if checkpoints.is_dir() else []
+
+
+def set_aside(checkpoints: epath.Path, step: int, kind: str) -> epath.Path:
+    """Moves a saved step to the folder `kind` beside it, under a name that is free, which it returns."""
+    target, number = checkpoints / kind / str(step), 0
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{step}.{number}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (checkpoints / str(step)).rename(target)
+    return target
 
 
 def read_config(folder: pathlib.Path) -> RunConfig:

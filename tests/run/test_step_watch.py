@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from gpt2_jax.config import TrainConfig
 from gpt2_jax.data.batches import TrainBatches
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.skipped import Skip
@@ -14,7 +15,7 @@ from gpt2_jax.data.token_store import TokenStore
 from gpt2_jax.data.windows import PackedWindows
 from gpt2_jax.run.events import read_events
 from gpt2_jax.run.progress import Progress
-from gpt2_jax.run.spike_watch import SpikeWatch
+from gpt2_jax.run.step_watch import StepWatch
 
 T, ROWS = 8, 4
 
@@ -30,17 +31,19 @@ def batches(store: TokenStore, **options: object) -> TrainBatches:
     return TrainBatches(PackedWindows(store.split("train"), T), batch_size=ROWS, seed=0, **options)
 
 
-def watch(folder: pathlib.Path, store: TokenStore, **options: object) -> tuple[SpikeWatch, io.StringIO]:
+def watch(folder: pathlib.Path, store: TokenStore, **options: object) -> tuple[StepWatch, io.StringIO]:
     """One that has seen the losses of 40 steps."""
     said = io.StringIO()
-    watch = SpikeWatch(6.0, batches(store, **options), store, folder, Progress(0, 100, said))
+    config = TrainConfig(spike_sigmas=6.0, max_skipped_steps=2)
+    watch = StepWatch(config, 1, batches(store, **options), store, folder, Progress(0, 100, said))
     for step in range(1, 41):
         watch(step, values(3.0 + 0.1 * (step % 3)))
     return watch, said
 
 
 def values(loss: float, weight: float = 32.0, **more: float) -> dict[str, float]:
-    return {"loss_sum": loss * weight, "weight_sum": weight, "grad_norm": 1.0, **more}
+    finite = {"loss_sum": loss * weight, "weight_sum": weight, "grad_norm": 1.0, "skipped": 0.0}
+    return {**finite, "nonfinite_steps": 1.0, **more}
 
 
 @pytest.mark.parametrize("skips", [(), (Skip(10, 5), Skip(41, 100))])
@@ -73,13 +76,23 @@ def test_what_is_none(store: TokenStore, tmp_path: pathlib.Path) -> None:
     spiked, said = watch(tmp_path, store)
     spiked(41, values(3.3))
     spiked(42, values(50.0, skipped=1.0, loss_scale=8.0))  # changed nothing
-    spiked(43, values(math.inf))
-    spiked(44, values(math.nan))
     spiked(45, values(5.0, weight=0.0))
     assert said.getvalue() == ""
     assert not (tmp_path / "events.jsonl").exists()
     spiked(46, values(50.0))
     assert [event["step"] for event in read_events(tmp_path / "events.jsonl")] == [46]
+
+
+def test_what_was_left_out_is_noted_once_for_each(store: TokenStore, tmp_path: pathlib.Path) -> None:
+    spiked, said = watch(tmp_path, store)
+    spiked(41, values(math.nan, skipped=1.0, nonfinite_steps=2.0))
+    spiked(42, values(3.1, nonfinite_steps=2.0))
+    spiked(43, values(math.inf, skipped=1.0, nonfinite_steps=3.0))
+    first, second = read_events(tmp_path / "events.jsonl")
+    assert (first["event"], first["step"], first["loss_sum"], first["nonfinite_steps"]) == ("not_finite", 41, "nan", 2)
+    assert first["windows"] == batches(store).window_indices(40)
+    assert (second["step"], second["loss_sum"], second["nonfinite_steps"]) == (43, "inf", 3)
+    assert "step 41: loss or gradient not finite, left out (2 so far, 2 allowed)" in said.getvalue()
 
 
 def test_documents_that_cannot_be_told_stop_nothing(store: TokenStore, tmp_path: pathlib.Path) -> None:
