@@ -34,7 +34,7 @@ from gpt2_jax.run.folders import RunFolders, run_folders
 from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
 from gpt2_jax.run.interrupt import interrupt_held_back
 from gpt2_jax.run.loop import Action, HostBatch, train
-from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
+from gpt2_jax.run.metrics import JsonLines, MetricWriter, Mirror, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.preemption import preemption_noticed
 from gpt2_jax.run.progress import Progress
@@ -243,9 +243,9 @@ def _check_mirrors(options: RunOptions) -> None:
 def _writers(folder: pathlib.Path, options: RunOptions, config: RunConfig, start: int) -> list[MetricWriter]:
     writers: list[MetricWriter] = [JsonLines(folder / "metrics.jsonl", start)]
     if options.tensorboard:
-        writers.append(TensorBoard(folder / "tensorboard", start))
+        writers.append(Mirror("--tensorboard", lambda: TensorBoard(folder / "tensorboard", start)))
     if options.wandb:
-        writers.append(WeightsAndBiases(folder, options.wandb, config))
+        writers.append(Mirror("--wandb", lambda: WeightsAndBiases(folder, options.wandb, config)))
     return writers
 
 
