@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pathlib
+import weakref
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from gpt2_jax.user_paths import expand_user
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
-_OPEN_SHARDS = 512  # each memory map holds a file descriptor
+_OPEN_SHARDS = 512  # each holds a file descriptor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,45 @@ class Manifest:
         write_json(folder / MANIFEST, content)
 
 
+class _ShardFile:
+    """An open shard, which may be removed meanwhile; closed when it is no longer used."""
+
+    def __init__(self, path: pathlib.Path, max_id: int, dtype: np.dtype) -> None:
+        self._path, self._max_id, self._dtype = path, max_id, dtype
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise self._changed(f"cannot be opened ({error.strerror})") from None
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` ids from number `start` on. Raises DataError where they are not there, or not ids of the shard."""
+        size, at = count * self._dtype.itemsize, start * self._dtype.itemsize
+        try:
+            data = os.pread(self._descriptor, size, at)
+            while 0 < len(data) < size and (more := os.pread(self._descriptor, size - len(data), at + len(data))):
+                data += more  # a read may end early
+        except OSError as error:
+            raise self._changed(f"cannot be read ({error.strerror})") from None
+        if len(data) < size:
+            raise self._changed(f"is cut off after {os.fstat(self._descriptor).st_size} bytes")
+        ids = np.frombuffer(data, self._dtype)
+        if count and (largest := np.maximum.reduce(ids)) > self._max_id:  # half the time of ids.max()
+            raise self._changed(f"has an id {largest}, more than its largest, {self._max_id}")
+        return ids
+
+    def _changed(self, how: str) -> DataError:
+        return DataError(
+            f"{self._path}: {how}, but it was whole when it was checked; put the file back, or prepare the store "
+            "again; a run goes on by the same command"
+        )
+
+
 class TokenStream:
-    """The ids of one split as one long row, read from memory maps that open on first use; picklable."""
+    """The ids of one split as one long row, read from files that are opened on first use; picklable.
+
+    Read, not mapped: where a mapped file is cut short, the process dies without a word.
+    """
 
     def __init__(self, name: str, folder: pathlib.Path, shards: tuple[Shard, ...], dtype: np.dtype) -> None:
         self.name = name
@@ -82,16 +120,19 @@ class TokenStream:
         self._shards = shards
         self._dtype = dtype
         self._ends = list(itertools.accumulate(shard.tokens for shard in shards))
-        self._maps: dict[int, np.ndarray] = {}
+        self._opened: dict[int, _ShardFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_opened": {}}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids `start` to `stop` - 1, int32; IndexError if they are not all in the stream."""
+        """Ids `start` to `stop` - 1, int32.
+
+        Raises IndexError if they are not all in the stream, DataError if a file is no longer as the manifest says.
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         tokens = np.empty(stop - start, np.int32)
@@ -100,7 +141,8 @@ class TokenStream:
         while filled < len(tokens):
             end = self._ends[shard]
             offset = start + filled - (end - self._shards[shard].tokens)
-            part = self._map(shard)[offset : offset + len(tokens) - filled]
+            count = min(len(tokens) - filled, self._shards[shard].tokens - offset)
+            part = self._file(shard).read(offset, count)
             tokens[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -132,14 +174,13 @@ class TokenStream:
             lengths.append(part)
         return np.concatenate(lengths)
 
-    def _map(self, shard: int) -> np.ndarray:
-        opened = self._maps.get(shard)
+    def _file(self, shard: int) -> _ShardFile:
+        opened = self._opened.get(shard)
         if opened is None:
-            if len(self._maps) >= _OPEN_SHARDS:
-                self._maps.clear()
-            # asarray: slices of a plain array are several times faster than those of a memmap.
-            opened = np.asarray(np.memmap(self._folder / self._shards[shard].file, self._dtype, "r"))
-            self._maps[shard] = opened
+            if len(self._opened) >= _OPEN_SHARDS:
+                self._opened.clear()
+            opened = _ShardFile(self._folder / self._shards[shard].file, self._shards[shard].max_id, self._dtype)
+            self._opened[shard] = opened
         return opened
 
 

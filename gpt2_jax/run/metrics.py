@@ -3,8 +3,13 @@
 import json
 import math
 import pathlib
+import sys
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any, Protocol
+
+import tqdm
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
@@ -42,22 +47,68 @@ class JsonLines:
         self._stream.close()
 
 
-class TensorBoard:
-    """Scalars for TensorBoard, through tensorboardX."""
+class Mirror:
+    """A writer that training does without: what it raises is told once, and nothing more is written to it."""
 
-    def __init__(self, folder: pathlib.Path, resume_step: int) -> None:
-        import tensorboardX
-
-        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1)
+    def __init__(self, name: str, make: Callable[[], MetricWriter]) -> None:
+        """Makes the writer; `name` is for the warning."""
+        self._name = name
+        self._writer: MetricWriter | None = None
+        self._try(lambda: setattr(self, "_writer", make()))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds each value as a scalar."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        """Hands the values on while the writer works."""
+        writer = self._writer
+        if writer is not None:
+            self._try(lambda: writer.write(step, values))
 
     def close(self) -> None:
-        """Writes what is buffered."""
-        self._writer.close()
+        """Closes the writer if it still works."""
+        if self._writer is not None:
+            self._try(self._writer.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever the libraries and services behind it may raise
+            self._writer = None
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            tqdm.tqdm.write(
+                f"train.py: warning: {self._name} is given up: {told[:300]}; training goes on, all numbers are in "
+                "metrics.jsonl",
+                file=sys.stderr,
+            )
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, as tensorboardX's records.
+
+    Not through its `SummaryWriter`, which writes in a thread: when that fails, as on a full disk, its queue fills and
+    the next write waits forever.
+    """
+
+    def __init__(self, folder: pathlib.Path, resume_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._events = EventsWriter(str(folder / "events"))
+        # TensorBoard shows nothing of what was written before for this step or later ones.
+        purge = Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._events.write_event(purge)
+        self._events.flush()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds each value as a scalar, at once visible to readers of the file."""
+        for name, value in values.items():
+            self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
 
 
 class WeightsAndBiases:

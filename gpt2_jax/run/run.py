@@ -34,7 +34,7 @@ from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
 from gpt2_jax.run.leaving import leaving, sigterm_raises
 from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.messages import farewell, summary
-from gpt2_jax.run.metrics import JsonLines, MetricWriter, TensorBoard, WeightsAndBiases
+from gpt2_jax.run.metrics import JsonLines, MetricWriter, Mirror, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.rewind import Rewind, move_later_saves, skips_of_run
@@ -286,9 +286,9 @@ def _check_mirrors(options: RunOptions) -> None:
 def _writers(folder: pathlib.Path, options: RunOptions, config: RunConfig, start: int) -> list[MetricWriter]:
     writers: list[MetricWriter] = [JsonLines(folder / "metrics.jsonl", start)]
     if options.tensorboard:
-        writers.append(TensorBoard(folder / "tensorboard", start))
+        writers.append(Mirror("--tensorboard", lambda: TensorBoard(folder / "tensorboard", start)))
     if options.wandb:
-        writers.append(WeightsAndBiases(folder, options.wandb, config))
+        writers.append(Mirror("--wandb", lambda: WeightsAndBiases(folder, options.wandb, config)))
     return writers
 
 

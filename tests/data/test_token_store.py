@@ -99,7 +99,7 @@ def test_streams_are_pickled_without_their_data(folder: pathlib.Path) -> None:
     stream = open_token_store(folder).split("train")
     stream.read(0, 8)
     copy = pickle.loads(pickle.dumps(stream))
-    assert copy._maps == {}
+    assert copy._opened == {}
     assert copy.read(4, 7).tolist() == [12, 13, 14]
 
 
@@ -107,7 +107,7 @@ def test_few_files_are_open_at_a_time(folder: pathlib.Path, monkeypatch: pytest.
     monkeypatch.setattr(token_store, "_OPEN_SHARDS", 1)
     stream = open_token_store(folder).split("train")
     assert stream.read(0, 8).tolist() == TRAIN[0] + TRAIN[1]
-    assert len(stream._maps) == 1
+    assert len(stream._opened) == 1
 
 
 def test_large_ids(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import fault_runs
@@ -80,7 +81,7 @@ def test_the_same_command_rewinds_once_and_a_killed_one_ends_alike(
     assert killed.code == -9
     (done,) = fault_runs.run(tiny, again, *REWIND, settings=KEEP_ALL)
     assert done.code == 0, done.err
-    assert "resumed after step 18" in done.err
+    assert re.search("resumed after step 1[58]", done.err), done.err  # the save of step 18 may have been in its midst
     assert len(read_events(again / "events.jsonl")) == 1
     assert fault_runs.state_hash(again) == fault_runs.state_hash(copy)
     # Without the flags it stays so.
