@@ -58,6 +58,8 @@ def started(
     notes: pathlib.Path | None = None,
     settings: dict | None = None,
     devices: int = 1,
+    prefix: Sequence[str] = (),
+    program: Sequence[str] = (),
 ) -> Iterator[list[subprocess.Popen]]:
     """A run in as many processes as `faults`, which names the fault point of each, or none; ended with the block."""
     address, processes = free_address(), []
@@ -66,7 +68,7 @@ def started(
             environment = {**tiny.environment(), "JAX_NUM_CPU_DEVICES": str(devices), "TF_CPP_MIN_LOG_LEVEL": "3"}
             environment |= {"GPT2_JAX_FAULT": fault} if fault else {}
             place = [f"--coordinator_address={address}", f"--num_processes={len(faults)}", f"--process_id={index}"]
-            program = [str(REPOSITORY / "train.py")]
+            command = [*program] or [str(REPOSITORY / "train.py")]
             if notes is not None:
                 program = [str(REPOSITORY / "tests" / "noting_train.py"), str(notes / f"{time.time_ns()}.{index}.txt")]
             arguments = tiny.arguments(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from gpt2_jax.cli.train import main
 
@@ -162,6 +163,16 @@ def finished_run(base: pathlib.Path) -> tuple[pathlib.Path, Finished]:
     tiny = workshop(base)
     folder = tiny.folder / "straight"
     return folder, tiny.run(folder, None, "--tensorboard", "--profile=3:4")
+
+
+def mounted(folder: pathlib.Path, options: str) -> list[str]:
+    """What to put before a command so that it sees an empty file system at `folder`."""
+    prefix = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o {options} none "{folder}" && exec "$@"', "sh"]
+    try:
+        subprocess.run([*prefix, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"a file system cannot be mounted here: {error}")
+    return prefix
 
 
 def finish(process: subprocess.Popen, seconds: float = 300) -> Finished:

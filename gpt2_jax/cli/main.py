@@ -60,3 +60,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.parse_args(arguments)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

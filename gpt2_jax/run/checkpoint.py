@@ -6,6 +6,7 @@ good only when all of it is what its seal says.
 """
 
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -69,7 +70,14 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
+        self._needed = 0
         self._manager = self._opened()
+
+    def check_space(self, state: TrainState) -> None:
+        """Warns, on stderr, where the disk has no room for a save beside those that are there."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        if not is_remote(self._folder) and shutil.disk_usage(self._folder).free < needed:
+            print(f"warning: {self._room(needed)}", file=sys.stderr)
 
     def save(self, state: TrainState, meta: dict[str, Any], held_out_loss: float | None) -> None:
         """Starts saving the state under its step; returns when the arrays are copied, and writes in the background.
@@ -80,6 +88,7 @@ class Checkpoints:
         """
         step = int(state.step)
         arrays = snapshot(_arrays(state))
+        self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         items: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in arrays.items()}
         items["seal"] = SealSave(meta, held_out_loss, checksums(arrays))
         metrics = None if held_out_loss is None else {METRIC: held_out_loss}
@@ -95,6 +104,16 @@ class Checkpoints:
         """Raises Gpt2JaxError when a save in the background has failed."""
         with self._failure_told():
             self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when all is saved. Raises like `check`."""
+        with self._failure_told():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def is_saved(self) -> bool:
+        """Whether nothing is being saved in the background."""
+        return not self._manager.is_saving_in_progress()
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
@@ -160,9 +179,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save. Raises Gpt2JaxError when it failed."""
+        self.wait()
         with self._failure_told():
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
             self._manager.close()
 
     @contextlib.contextmanager
@@ -171,16 +189,21 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise bare ValueError for a full disk
             raise Gpt2JaxError(
-                f"{self._folder}: a save failed: {_one_line(error)}; the saved steps before it are intact, and "
-                "the same command goes on from there"
+                f"{self._room(self._needed)}; a save failed: {_one_line(error)}; the saved steps before it are intact, "
+                "and the same command goes on from there"
             ) from error
+
+    def _room(self, needed: int) -> str:
+        if is_remote(self._folder) or not needed:
+            return str(self._folder)
+        free = shutil.disk_usage(self._folder).free
+        return f"{self._folder}: {free / 2**20:,.1f} MiB are free, a save takes up to {needed / 2**20:,.1f} MiB"
 
     def _restore(
         self, step: int, abstract: dict[str, Any], gather: Gather = lambda told: [told]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         folder, failure = self._folder / str(step), ""
-        with self._failure_told():
-            self._manager.wait_until_finished()
+        self.wait()
         try:
             seal = read_seal(folder / "seal")
             # By the handler itself: the manager would wait for processes in which this fails.

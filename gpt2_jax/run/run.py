@@ -43,7 +43,7 @@ from gpt2_jax.run.run_folder import holds_run, read_changes, read_config, write_
 from gpt2_jax.run.saved_metrics import mend_metrics
 from gpt2_jax.run.step_settings import make_settings, with_attention
 from gpt2_jax.run.step_watch import StepWatch
-from gpt2_jax.run.watchdog import Watchdog
+from gpt2_jax.run.watchdog import LONG, Watchdog
 from gpt2_jax.run.xla_flags import set_compiler_flags
 from gpt2_jax.sharding import check_divisible, make_mesh, use_mesh
 from gpt2_jax.tokenizer import Tokenizer
@@ -147,10 +147,14 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 if rewinds and options.rewind is not None:
                     folders.check_held()
                     move_later_saves(folder, folders.checkpoints, options.rewind)
+        watchdog = Watchdog(options.watchdog)
+        stack.callback(watchdog.close)
         checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
         state = first_state(config, settings, mesh, checkpoints, fingerprints, left, hosts.gather)
         start = int(state.step)
+        if hosts.first:
+            checkpoints.check_space(state)
         with hosts.together():
             # Only now, when nothing can be refused any more: from here on the folder holds a run with these settings.
             if hosts.first:
@@ -189,9 +193,13 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         watch = StepWatch(config.train, int(state.nonfinite_steps), train_batches, store, folder, progress)
         profiled_steps = options.profile if hosts.first else None
         batches = _profiled(train_batches.iterate(start, steps), profiled_steps, folder / "profile")
+
+        def advance(step: int) -> None:
+            checkpoints.check()  # what fails in the background ends the run here, not at the next save
+            folders.check_held()
+            progress.advance(step)
+
         leave = stack.enter_context(leaving(hosts))
-        watchdog = Watchdog(options.watchdog)
-        stack.callback(watchdog.close)
         train(
             state,
             batches,
@@ -200,7 +208,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             last_step=steps,
             log_every=config.train.log_every,
             report=Report(config, mesh, writers, progress),
-            advance=progress.advance,
+            advance=advance,
             actions=(
                 Action(config.train.eval_every, evaluate),
                 Action(config.train.sample_every, sample),
@@ -213,6 +221,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             watchdog=watchdog,
             observe=watch if hosts.first else lambda step, values: None,
         )
+        watchdog.alive(LONG)  # the last save
     best = _best(config, settings, mesh, tokenizer, folders) if hosts.count > 1 else None
     with hosts.together():
         if hosts.first:
