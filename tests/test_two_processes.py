@@ -22,37 +22,6 @@ from gpt2_jax.run.rendezvous import free_address
 STEPS = TINY["train.steps"]
 ROWS = TINY["train.batch_size"]
 SECONDS = 300
-LONG = {"train.steps": 100000, "train.eval_every": 100000, "train.sample_every": 100000, "checkpoint.every": 100000}
-
-# train.py, which notes in a file which window of the text it reads for which step.
-NOTING = """
-import sys, threading
-from gpt2_jax.cli.train import main
-from gpt2_jax.run import run_data
-
-place = threading.local()
-notes = open(sys.argv[1], "a", buffering=1)
-
-
-class Windows(run_data.PackedWindows):
-    def __getitem__(self, index):
-        if getattr(place, "step", None) is not None:
-            notes.write(f"{place.step} {index}\\n")
-        return super().__getitem__(index)
-
-
-class Batches(run_data.TrainBatches):
-    def batch(self, step):
-        place.step = step
-        try:
-            return super().batch(step)
-        finally:
-            place.step = None
-
-
-run_data.PackedWindows, run_data.TrainBatches = Windows, Batches
-sys.exit(main(sys.argv[2:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +53,7 @@ def started(
         for index, folder in enumerate(folders):
             program = [str(pathlib.Path(__file__).parents[1] / "train.py")]
             if notes is not None:
-                program = ["-c", NOTING, str(notes / f"{index}.txt")]
+                program = [str(pathlib.Path(__file__).parent / "noting_train.py"), str(notes / f"{index}.txt")]
             place = (f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}")
             arguments = tiny.arguments(folder, settings and settings[index], *place, "--heartbeat_timeout=20", *flags)
             command, pipe = [sys.executable, *program, *arguments], subprocess.PIPE
@@ -175,7 +144,7 @@ def test_two_processes_do_as_one_and_leave_together_when_one_gets_sigterm(
         assert (folder / sample).read_bytes() == (straight / sample).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_two_processes_go_on_where_one_was_killed(
     tiny: Workshop, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -205,7 +174,7 @@ def test_two_processes_go_on_where_one_was_killed(
     assert not (folder / "huggingface.1").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_disks_of_their_own_with_checkpoints_in_one_place(
     tiny: Workshop, straight: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -224,31 +193,6 @@ def test_disks_of_their_own_with_checkpoints_in_one_place(
     tiny.run_here(folders[0], None, f"--checkpoints={tmp_path / 'elsewhere'}").says(2, "--checkpoints=", "go on with")
 
 
-@pytest.mark.slow
-def test_when_one_is_killed_the_other_ends_soon(tiny: Workshop, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "run"
-    with started(tiny, 2, [folder, folder], [LONG] * 2) as processes:
-        wait_for(lambda: '"step": 25,' in written(folder / "metrics.jsonl"), processes)
-        processes[1].kill()
-        start = time.monotonic()
-        assert finish(processes[0], SECONDS).code not in (0, 75)
-        assert time.monotonic() - start < 60
-
-
-@pytest.mark.slow
-def test_an_error_in_one_process_ends_the_other_soon(tiny: Workshop, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "run"
-    with started(tiny, 2, [folder, folder], [LONG] * 2) as processes:
-        wait_for(lambda: '"step": 25,' in written(folder / "metrics.jsonl"), processes)
-        processes[1].send_signal(signal.SIGINT)
-        start = time.monotonic()
-        first, second = (finish(process, SECONDS) for process in processes)
-    assert second.code == 130, second.err
-    assert first.code not in (0, 75), first.err
-    assert "another host has ended" in first.err or "distributed service" in first.err
-    assert time.monotonic() - start < 60
-
-
 # Refused before training, in all processes
 
 
@@ -261,7 +205,7 @@ def test_one_that_never_comes_is_counted(tiny: Workshop, tmp_path: pathlib.Path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_hosts_that_differ_are_refused(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     settings = [{}, {"optimizer.learning_rate": 0.5}]
     for done in together(tiny, [tmp_path / "run"] * 2, settings):
@@ -271,7 +215,7 @@ def test_hosts_that_differ_are_refused(tiny: Workshop, tmp_path: pathlib.Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_data_that_differ_are_refused(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     """The same flags on disks of their own, with other texts."""
     folders = [tmp_path / name for name in "ab"]
@@ -295,7 +239,7 @@ def test_data_that_differ_are_refused(tiny: Workshop, tmp_path: pathlib.Path) ->
         assert re.search(r"host 1 \(.*\) has data_fingerprint \w+, host 0", last_line(done)), done.err
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_folders_that_are_not_shared_are_refused(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -308,7 +252,7 @@ def test_folders_that_are_not_shared_are_refused(tiny: Workshop, tmp_path: pathl
         assert not list(folder.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_what_is_wrong_on_one_host_ends_all(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     first, second = together(tiny, [tmp_path / "file"] * 2)

@@ -51,7 +51,7 @@ def test_full_while_saving_it_stops_with_that_save(tiny: Workshop, tmp_path_fact
 
 def test_too_little_room_is_told_at_the_start(tiny: Workshop, tmp_path_factory: pytest.TempPathFactory) -> None:
     disk = tmp_path_factory.mktemp("disk")
-    settings = {"model.n_embd": 256, "train.steps": 3}
+    settings = {"model.n_embd": 256, "train.steps": 6}
     (done,) = fault_runs.run(tiny, disk / "run", settings=settings, prefix=mounted(disk, "size=4m"))
     assert done.code == 1, done.err
     assert re.search(r"warning: .*: [\d.]+ MiB are free, a save takes up to [\d.]+ MiB", done.err), done.err

@@ -71,7 +71,7 @@ def test_while_the_data_is_prepared(tiny: Workshop, tmp_path: pathlib.Path, flag
     (left,) = fault_runs.run(tiny, tmp_path / "run", *flags, faults=["prepare=term"], settings=settings)
     assert left.code == 75, left.err
     assert_one_line(left.err, "before training had begun", "the same command")
-    (done,) = fault_runs.run(tiny, tmp_path / "run", settings={**settings, "train.steps": 3})
+    (done,) = fault_runs.run(tiny, tmp_path / "run", settings={**settings, "train.steps": 6})
     assert done.code == 0, done.err
 
 

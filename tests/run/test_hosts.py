@@ -1,7 +1,6 @@
 """How processes find one another, what is compared, and which devices they may leave unused."""
 
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from gpt2_jax.errors import Gpt2JaxError, OtherHostError, UsageError
 from gpt2_jax.run import hosts
 from gpt2_jax.run.accelerators import check_accelerator_is_used, visible_accelerator
 from gpt2_jax.run.hosts import HostOptions, Hosts, joined
-from gpt2_jax.run.preemption import preemption_noticed
 from gpt2_jax.run.rendezvous import free_address, is_loopback, meet
 
 
@@ -183,38 +181,6 @@ def test_the_code_version_changes_with_the_code(tmp_path: pathlib.Path, monkeypa
 
 
 # SIGTERM without a coordinator
-
-
-def test_sigterm_is_noted_and_its_handler_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with preemption_noticed() as preempted:
-        assert not preempted(1)
-        signal.raise_signal(signal.SIGTERM)
-        assert preempted(2)
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-LONG = {"train.steps": 100000, "train.eval_every": 100000, "train.sample_every": 100000}
-
-
-@pytest.mark.slow
-def test_sigterm_saves_in_one_process_with_and_without_a_coordinator(tiny: Workshop, tmp_path: pathlib.Path) -> None:
-    for flags in ((), ("--no_distributed",)):
-        folder = tmp_path / f"run{len(flags)}"
-        process = tiny.start(folder, LONG, *flags, "--compile_cache=off")  # whose log fills the pipe
-        try:
-            end = time.monotonic() + 120
-            metrics = folder / "metrics.jsonl"
-            while not (metrics.exists() and '"step": 25,' in metrics.read_text()):
-                assert time.monotonic() < end
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=200)
-        finally:
-            process.kill()
-        assert process.returncode == 75, err
-        saved = max(int(step.name) for step in (folder / "checkpoints").iterdir())
-        assert err.splitlines()[-1].startswith(f"train.py: SIGTERM asked for room: step {saved} is saved")
 
 
 # Devices that are left unused
