@@ -68,13 +68,15 @@ def started(
             environment = {**tiny.environment(), "JAX_NUM_CPU_DEVICES": str(devices), "TF_CPP_MIN_LOG_LEVEL": "3"}
             environment |= {"GPT2_JAX_FAULT": fault} if fault else {}
             place = [f"--coordinator_address={address}", f"--num_processes={len(faults)}", f"--process_id={index}"]
-            command = [*program] or [str(REPOSITORY / "train.py")]
+            words = [*program] or [str(REPOSITORY / "train.py")]
             if notes is not None:
-                program = [str(REPOSITORY / "tests" / "noting_train.py"), str(notes / f"{time.time_ns()}.{index}.txt")]
-            arguments = tiny.arguments(
-                folder, {**SHORT, **(settings or {})}, f"--heartbeat_timeout={HEARTBEAT}", *flags
-            )
-            command = [sys.executable, *program, *arguments, *(place if len(faults) > 1 else [])]
+                words = [
+                    str(REPOSITORY / "tests" / "noting_train.py"),
+                    str(notes / f"{time.time_ns()}.{index}.txt"),
+                ]
+            wanted = {**SHORT, **(settings or {})}
+            arguments = tiny.arguments(folder, wanted, f"--heartbeat_timeout={HEARTBEAT}", *flags)
+            command = [*prefix, sys.executable, *words, *arguments, *(place if len(faults) > 1 else [])]
             process = subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
