@@ -4,27 +4,24 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from gpt2_jax.config import RunConfig
-from gpt2_jax.config_file import from_json, to_json, values_by_key
-from gpt2_jax.data.skipped import skips_from_json, skips_to_json
+from gpt2_jax.config_file import values_by_key
+from gpt2_jax.data.skipped import skips_to_json
 from gpt2_jax.errors import UsageError
 from gpt2_jax.exchange.bundle import Bundle
-from gpt2_jax.model.gpt2 import padded_vocab_size
-from gpt2_jax.remote_folder import address_of, push
+from gpt2_jax.remote_folder import push
 from gpt2_jax.run.accelerators import check_accelerator_is_used
 from gpt2_jax.run.actions import Evaluate, Report, Sample, Save, whole
+from gpt2_jax.run.agreed import agree
 from gpt2_jax.run.bundle import export_best, training_facts
-from gpt2_jax.run.changes import DATA, TOKENIZER, Change, check_changes
 from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.compile_cache import set_compile_cache
 from gpt2_jax.run.diagnosis import Diagnosis
@@ -37,9 +34,8 @@ from gpt2_jax.run.messages import farewell, summary
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, Mirror, TensorBoard, WeightsAndBiases
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.progress import Progress
-from gpt2_jax.run.rewind import Rewind, move_later_saves, skips_of_run
-from gpt2_jax.run.run_data import cut_batches, data_changes, open_data, with_vocabulary, with_vocabulary_of_source
-from gpt2_jax.run.run_folder import holds_run, read_changes, read_config, write_run
+from gpt2_jax.run.rewind import Rewind, move_later_saves
+from gpt2_jax.run.run_folder import write_run
 from gpt2_jax.run.saved_metrics import mend_metrics
 from gpt2_jax.run.step_settings import make_settings, with_attention
 from gpt2_jax.run.step_watch import StepWatch
@@ -111,27 +107,8 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     with hosts.together():
         mesh = make_mesh(config.mesh)
         check_divisible(config, mesh)
-        changes: list[Change] = []
-        if hosts.first:
-            config, changes = _settled(config, folder, options.allow_change)
-    config = from_json(hosts.gather(to_json(config))[0])
-    with hosts.together():
-        store = open_data(config, folder, options.allow_change)
-        tokenizer = store.tokenizer
-        config = with_vocabulary(config, tokenizer.vocab_size)
-        check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
-        own_skips, rewinds = skips_of_run(folder, options.rewind) if hosts.first else ((), False)
-    skips = skips_from_json(json.loads(hosts.gather(json.dumps(skips_to_json(own_skips)))[0]), "skipped")
-    with hosts.together():
-        train_batches, held_out_batches = cut_batches(config, store, mesh, skips)
-    fingerprints = {"data_fingerprint": store.fingerprint, "tokenizer_fingerprint": tokenizer.fingerprint}
-    hosts.check_equal(fingerprints)
-    earlier: list[dict[str, Any]] = []
-    with hosts.together():
-        if hosts.first and holds_run(folder):
-            earlier = read_changes(folder)
-            changes += data_changes(folder, store)
-    left = json.loads(hosts.gather(json.dumps(_left_fingerprints(earlier, changes)))[0])
+    agreed = agree(config, hosts, folder, mesh, options.allow_change, options.rewind)
+    config, store, tokenizer = agreed.config, agreed.store, agreed.store.tokenizer
 
     with hosts.together():
         as_run, attention = with_attention(config, mesh.devices.flat[0])
@@ -144,14 +121,16 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         with hosts.together():
             if hosts.first:
                 mend_metrics(folders.checkpoints)
-                if rewinds and options.rewind is not None:
+                if agreed.rewind is not None:
                     folders.check_held()
-                    move_later_saves(folder, folders.checkpoints, options.rewind)
+                    move_later_saves(folder, folders.checkpoints, agreed.rewind)
         watchdog = Watchdog(options.watchdog)
         stack.callback(watchdog.close)
         checkpoints = Checkpoints(folders.checkpoints, config.checkpoint)
         stack.callback(checkpoints.close)
-        state = first_state(config, settings, mesh, checkpoints, fingerprints, left, hosts.gather)
+        state = first_state(
+            config, settings, mesh, checkpoints, agreed.fingerprints, agreed.left_fingerprints, hosts.gather
+        )
         start = int(state.step)
         if hosts.first:
             checkpoints.check_space(state)
@@ -161,9 +140,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
                 folders.check_held()
                 tokenizer.save(folder / "tokenizer")
                 data = {"folder": str(store.folder), "fingerprint": store.fingerprint}
-                write_run(
-                    folder, config, data, [*earlier, *({"step": start, **vars(change)} for change in changes)], skips
-                )
+                write_run(folder, config, data, agreed.all_changes(start), agreed.skips)
                 _send(folders)
             writers = _writers(folder, options, config, start) if hosts.first else []
         for writer in writers:
@@ -172,15 +149,12 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         stack.callback(progress.close)
         if options.profile is not None and options.profile[1] <= start:
             progress.say(f"--profile: its steps were done before; the run goes on after step {start}")
-        progress.say(summary(config, store, train_batches, mesh, attention, flags, folder, start))
-        if skips:
-            told = ", ".join(f"{skip.batches} after step {skip.at}" for skip in skips)
-            progress.say(f"skipped   batches {told}: recorded in run.json")
-        if changes:
-            progress.say(f"changed   {', '.join(map(str, changes))}: allowed, and recorded in run.json")
+        progress.say(summary(config, store, agreed.train_batches, mesh, attention, flags, folder, start))
+        for line in agreed.notes():
+            progress.say(line)
 
-        evaluate = Evaluate(settings, mesh, held_out_batches, writers, progress)
-        meta = {"config": dataclasses.asdict(config), **fingerprints, "skipped": skips_to_json(skips)}
+        evaluate = Evaluate(settings, mesh, agreed.held_out_batches, writers, progress)
+        meta = {"config": dataclasses.asdict(config), **agreed.fingerprints, "skipped": skips_to_json(agreed.skips)}
         write = Save(checkpoints, meta, evaluate)
 
         def save(step: int, state: TrainState) -> None:
@@ -190,9 +164,9 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         end_of_text = tokenizer.end_of_text
         first = int(store.split("held_out").read(0, 1)[0]) if end_of_text is None else end_of_text
         sample = Sample(config, settings.model, mesh, tokenizer, first, folder, progress)
-        watch = StepWatch(config.train, int(state.nonfinite_steps), train_batches, store, folder, progress)
+        watch = StepWatch(config.train, int(state.nonfinite_steps), agreed.train_batches, store, folder, progress)
         profiled_steps = options.profile if hosts.first else None
-        batches = _profiled(train_batches.iterate(start, steps), profiled_steps, folder / "profile")
+        batches = _profiled(agreed.train_batches.iterate(start, steps), profiled_steps, folder / "profile")
 
         def advance(step: int) -> None:
             checkpoints.check()  # what fails in the background ends the run here, not at the next save
@@ -217,7 +191,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
             ),
             leave=leave,
             save=save,
-            explain=Diagnosis(settings, mesh, train_batches),
+            explain=Diagnosis(settings, mesh, agreed.train_batches),
             watchdog=watchdog,
             observe=watch if hosts.first else lambda step, values: None,
         )
@@ -245,25 +219,6 @@ def _facts(config: RunConfig, options: RunOptions) -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     flags = {"--allow_change": ",".join(sorted(options.allow_change)) or "nothing", "--rewind_to": str(options.rewind)}
     return {"gpt2_jax": code_version(), **packages, **flags, **settings}
-
-
-def _settled(config: RunConfig, folder: pathlib.Path, allowed: frozenset[str]) -> tuple[RunConfig, list[Change]]:
-    """The config as the run in `folder` has it, or the model that it starts from; and what is allowed to change."""
-    if not holds_run(folder):
-        return with_vocabulary_of_source(config), []
-    stored = read_config(folder)
-    if not config.model.vocab_size:
-        config = with_vocabulary(config, stored.model.vocab_size)
-    return config, check_changes(stored, config, allowed, address_of(folder))
-
-
-def _left_fingerprints(earlier: list[dict[str, Any]], changes: list[Change]) -> dict[str, list[str]]:
-    """The fingerprints that the run was allowed to leave, by the names under which saves carry them."""
-    left: dict[str, list[str]] = {f"{name}_fingerprint": [] for name in (DATA, TOKENIZER)}
-    for change in [*earlier, *map(vars, changes)]:
-        if change["key"] in (DATA, TOKENIZER):
-            left[f"{change['key']}_fingerprint"].append(change["before"])
-    return left
 
 
 def _best(
