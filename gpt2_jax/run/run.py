@@ -35,6 +35,7 @@ from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
 from gpt2_jax.run.interrupt import interrupt_held_back
 from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, Mirror, TensorBoard, WeightsAndBiases
+from gpt2_jax.run.out_of_memory import out_of_memory_told
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.preemption import preemption_noticed
 from gpt2_jax.run.progress import Progress
@@ -91,7 +92,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         hosts.check_equal(_facts(config, options))
         with hosts.together():
             check_accelerator_is_used()
-        with run_folders(hosts, options.workdir, options.checkpoints) as folders:
+        with run_folders(hosts, options.workdir, options.checkpoints) as folders, out_of_memory_told(config):
             _run(config, options, hosts, folders)
 
 
