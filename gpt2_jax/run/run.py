@@ -32,6 +32,7 @@ from gpt2_jax.run.leaving import leaving, sigterm_raises
 from gpt2_jax.run.loop import Action, HostBatch, train
 from gpt2_jax.run.messages import farewell, summary
 from gpt2_jax.run.metrics import JsonLines, MetricWriter, Mirror, TensorBoard, WeightsAndBiases
+from gpt2_jax.run.out_of_memory import out_of_memory_told
 from gpt2_jax.run.picture import draw_losses
 from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.rewind import Rewind, move_later_saves
@@ -96,7 +97,8 @@ def run(config: RunConfig, options: RunOptions) -> None:
         hosts.check_equal(_facts(config, options))
         with hosts.together():
             check_accelerator_is_used()
-        with run_folders(hosts, options.workdir, options.checkpoints, steal=options.steal_lock) as folders:
+        held = run_folders(hosts, options.workdir, options.checkpoints, steal=options.steal_lock)
+        with held as folders, out_of_memory_told(config):
             _run(config, options, hosts, folders)
 
 
