@@ -44,6 +44,7 @@ EXCEPTIONS = {
     ("gpt2_jax/cli/main.py", "importlib.import_module"): "of this package's own table, to import lazily",
     ("gpt2_jax/run/rendezvous.py", "socket"): "the processes of a run meet",
     ("gpt2_jax/run/hosts.py", "socket"): "the name of this host, for messages",
+    ("gpt2_jax/run/lease_holder.py", "socket"): "the name of this host, for the lease",
     ("gpt2_jax/remote_folder.py", "fsspec"): "gs:// addresses that the user gives",
     ("gpt2_jax/remote_folder.py", "gcsfs"): "the errors of gs:// addresses",
     ("gpt2_jax/remote_folder.py", "aiohttp"): "the errors of gs:// addresses",

@@ -1,4 +1,4 @@
-"""Disks: full, too small, read-only in the midst of a run; and a clock that is set back."""
+"""Disks that are full or too small, and what a cut in the metrics does."""
 
 import json
 import pathlib
@@ -9,15 +9,6 @@ import pytest
 from tiny_run import Workshop, mounted, workshop
 
 pytestmark = pytest.mark.faults
-
-AN_HOUR_AGO = """
-import sys, time
-now = time.time
-time.time = lambda: now() - 3600
-time.time_ns = lambda: int(time.time() * 1e9)
-from gpt2_jax.cli.train import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +46,6 @@ def test_too_little_room_is_told_at_the_start(tiny: Workshop, tmp_path_factory: 
     (done,) = fault_runs.run(tiny, disk / "run", settings=settings, prefix=mounted(disk, "size=4m"))
     assert done.code == 1, done.err
     assert re.search(r"warning: .*: [\d.]+ MiB are free, a save takes up to [\d.]+ MiB", done.err), done.err
-
-
-def test_a_clock_that_is_set_back(tiny: Workshop, tmp_path: pathlib.Path) -> None:
-    """The second run believes that it is an hour before the first one."""
-    alone = tmp_path / "alone"
-    (done,) = fault_runs.run(tiny, alone)
-    assert done.code == 0, done.err
-    folder = tmp_path / "run"
-    (killed,) = fault_runs.run(tiny, folder, faults=["step#13=kill"])
-    assert killed.code == -9
-    (done,) = fault_runs.run(tiny, folder, program=["-c", AN_HOUR_AGO])
-    assert done.code == 0, done.err
-    assert fault_runs.state_hash(folder) == fault_runs.state_hash(alone)
-    assert fault_runs.losses(folder) == fault_runs.losses(alone)
 
 
 def test_metrics_cut_in_half(tiny: Workshop, tmp_path: pathlib.Path) -> None:

@@ -28,7 +28,10 @@ time.time_ns = lambda: int(earlier() * 1e9)
 """
 
 # Where the wall clock is read, and why nothing depends on it.
-WALL_CLOCK = {"gpt2_jax/run/metrics.py": "TensorBoard's records have a time, which it shows"}
+WALL_CLOCK = {
+    "gpt2_jax/run/metrics.py": "TensorBoard's records have a time, which it shows",
+    "gpt2_jax/run/lease_holder.py": "a lease says since when, to people",
+}
 
 
 @pytest.fixture(scope="module")
