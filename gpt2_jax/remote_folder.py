@@ -167,6 +167,20 @@ def remove_object(address: str) -> bool:
         return True
 
 
+def move_folder(source: str, target: str, first: str) -> None:
+    """Copies all below `source` to `target`, then removes it from `source`, the file `first` before all others.
+
+    Raises UsageError.
+    """
+    with _told(source):
+        root = source.removeprefix("gs://") + "/"
+        names = [path.removeprefix(root) for path in _filesystem().find(source)]
+        for name in names:
+            _filesystem().cp_file(f"{source}/{name}", f"{target}/{name}")
+        for name in sorted(names, key=lambda name: name != first):
+            _filesystem().rm_file(f"{source}/{name}")
+
+
 def fetch(files: list[tuple[str, pathlib.Path]], check: Check | None = None) -> None:
     """Copies remote files, some at a time, each to its place in one move.
 

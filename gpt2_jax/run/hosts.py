@@ -91,6 +91,8 @@ class Hosts:
         failure: Exception | None = None
         try:
             yield
+        except PreemptedError:  # of which the others learn in another way, wherever they are
+            raise
         except Exception as error:
             failure = error
         report = "" if failure is None else json.dumps([getattr(failure, "exit_code", 1), str(failure)])

@@ -28,9 +28,10 @@ from gpt2_jax.config_file import from_json, to_json
 from gpt2_jax.data.skipped import Skip, skips_from_json, skips_to_json
 from gpt2_jax.errors import DataError, UsageError
 from gpt2_jax.folder_lock import folder_lock
-from gpt2_jax.remote_folder import address_of, check_writable, is_remote, make_mirror, pull, storage_path
+from gpt2_jax.remote_folder import address_of, check_writable, is_remote, make_mirror, move_folder, pull, storage_path
 from gpt2_jax.user_paths import expand_user
 
+_MARK = "commit_success.txt"  # Orbax's, of a save that is whole
 _VERSIONED = ("gpt2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken")
 
 
@@ -121,8 +122,12 @@ def set_aside(checkpoints: epath.Path, step: int, kind: str) -> epath.Path:
     while target.exists():
         number += 1
         target = target.with_name(f"{step}.{number}")
+    source = checkpoints / str(step)
+    if is_remote(source):  # where folders cannot be renamed; what a kill leaves has no mark and is no save
+        move_folder(str(source), str(target), _MARK)
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    (checkpoints / str(step)).rename(target)
+    source.rename(target)
     return target
 
 
@@ -178,7 +183,7 @@ def _read_about(folder: pathlib.Path) -> dict[str, Any]:
 
 def _is_save(step: epath.Path) -> bool:
     # On a disk a save gets its name when it is whole; in a bucket, where nothing can be renamed, a mark.
-    return step.name.isdecimal() and (not is_remote(step) or (step / "commit_success.txt").exists())
+    return step.name.isdecimal() and (not is_remote(step) or (step / _MARK).exists())
 
 
 def _version(package: str) -> str:

@@ -149,3 +149,26 @@ def read_losses(text: str) -> list[tuple[Any, ...]]:
     """Step and losses of each report."""
     reports = [json.loads(line) for line in text.splitlines()]
     return [(report["step"], report.get("loss"), report.get("held_out_loss")) for report in reports]
+
+
+def test_a_damaged_save_in_a_bucket_is_moved_aside(bucket: Storage, capsys: pytest.CaptureFixture) -> None:
+    state = jax.jit(lambda: init_state(GPT2(CONFIG.model), make_optimizer(CONFIG.optimizer, 10), 0))()
+    folder = checkpoints_folder(make_folder("gs://bucket/runs/damaged"))
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    for step in (1, 2):
+        checkpoints.save(state.replace(step=jax.numpy.int32(step)), {"seed": step}, None)
+    checkpoints.close()
+    bucket.put("runs/damaged/checkpoints/2/seal/seal.json", b"{}")
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+    restored, meta = checkpoints.restore_newest(like)
+    assert (int(restored.step), meta) == (1, {"seed": 1})
+    assert_identical(restored.params, state.params)
+    assert "moved to gs://bucket/runs/damaged/checkpoints/damaged/2; going on from step 1" in capsys.readouterr().err
+    assert checkpoints.steps() == [1]
+    names = bucket.names("runs/damaged/checkpoints")
+    assert "damaged/2/seal/seal.json" in names
+    assert not [name for name in names if name.startswith("2/")]
+    checkpoints.save(state.replace(step=jax.numpy.int32(2)), {}, None)  # again
+    checkpoints.close()
