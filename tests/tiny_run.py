@@ -90,7 +90,7 @@ class Workshop:
         return [
             f"--config={self.config}",
             f"--workdir={workdir}",
-            f"--compile_cache={self.folder / 'xla'}",
+            f"--compile_cache={os.environ.get('GPT2_JAX_TEST_COMPILE_CACHE') or self.folder / 'xla'}",
             *(f"--config.{key}={value}" for key, value in overrides.items()),
             *flags,
         ]

@@ -6,9 +6,12 @@ good only when all of it is what its seal says.
 """
 
 import contextlib
+import gc
+import os
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -205,20 +208,10 @@ class Checkpoints:
         folder, failure = self._folder / str(step), ""
         self.wait()
         try:
-            seal = read_seal(folder / "seal")
-            # By the handler itself: the manager would wait for processes in which this fails.
-            handler = ocp.StandardCheckpointHandler()
-            with _late_reads_quiet():
-                items = {
-                    name: handler.restore(folder / name, args=ocp.args.StandardRestore(item))
-                    for name, item in abstract.items()
-                }
+            _refuse_links(folder)
+            seal, items = read_seal(folder / "seal"), _read_items(folder, abstract)
         except DamagedError as error:
             failure = str(error)
-        except Exception as error:  # Orbax and TensorStore raise bare Exception for damaged files
-            failure = f"{folder} cannot be restored: {_one_line(error)}"
-            if _is_passing(error):
-                raise DataError(failure) from error
         failures = [told for told in gather(failure) if told]
         if failures:
             raise DamagedError(failures[0])
@@ -260,18 +253,49 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
+def _read_items(folder: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Raises DamagedError for what cannot be read, another DataError where that is not the files' fault."""
+    failure: DataError | None = None
+    with _aftermath_hidden():
+        try:
+            # By the handler itself: the manager would wait for processes in which this fails.
+            handler = ocp.StandardCheckpointHandler()
+            return {
+                name: handler.restore(folder / name, args=ocp.args.StandardRestore(item))
+                for name, item in abstract.items()
+            }
+        except Exception as error:  # Orbax and TensorStore raise bare Exception for damaged files
+            kind = DataError if _is_passing(error) else DamagedError
+            failure = kind(f"{folder} cannot be restored: {_one_line(error)}")
+        time.sleep(0.2)  # for the other reads, and then for what is left of them
+        gc.collect()
+    raise failure
+
+
 @contextlib.contextmanager
-def _late_reads_quiet() -> Iterator[None]:
-    """Where one read fails, others report to an event loop that Orbax has closed, each with a traceback."""
+def _aftermath_hidden() -> Iterator[None]:
+    """Where one read fails, Orbax drops the others; what they have to say of that is many tracebacks."""
     report = sys.unraisablehook
-    sys.unraisablehook = lambda lost: report(lost) if "Event loop is closed" not in str(lost.exc_value) else None
+
+    def filtered(lost: Any) -> None:
+        if not isinstance(lost.object, types.CoroutineType) and "Event loop is closed" not in str(lost.exc_value):
+            report(lost)
+
+    sys.unraisablehook = filtered
     try:
         yield
-    except Exception:
-        time.sleep(0.2)
-        raise
     finally:
         sys.unraisablehook = report
+
+
+def _refuse_links(folder: epath.Path) -> None:
+    """What lies in a save is read from there and nowhere else, whoever made it."""
+    if is_remote(folder):
+        return
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(place, name)):
+                raise DamagedError(f"{os.path.join(place, name)} is a link, and saves have none")
 
 
 def _is_passing(error: BaseException) -> bool:

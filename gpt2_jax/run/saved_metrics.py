@@ -34,6 +34,6 @@ def mend_metrics(folder: epath.Path) -> None:
 def _read(file: epath.Path) -> float | None:
     try:
         loss = json.loads(file.read_bytes().decode("utf-8"))[METRIC]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return loss if isinstance(loss, float) else None

@@ -76,7 +76,7 @@ def read_seal(folder: epath.Path) -> Seal:
         whole = content["sha256"] == _digest(seal)
     except FileNotFoundError:
         raise DamagedError(f"{file} is missing") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise DamagedError(f"{file} is damaged")

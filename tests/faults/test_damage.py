@@ -206,6 +206,31 @@ def test_a_failure_of_the_machine_is_no_damage(copy: pathlib.Path, monkeypatch: 
     assert not (copy / "damaged").exists()
 
 
+def test_a_save_from_elsewhere_reads_nothing_outside_of_itself(copy: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A link in it, or names that lead out of it."""
+    (copy / "9" / "params").rename(tmp_path / "elsewhere")
+    (copy / "9" / "params").symlink_to(tmp_path / "elsewhere")
+    for step, name in ((6, "/etc"), (3, "../../6/params")):
+        metadata = copy / str(step) / "params" / "_METADATA"
+        text = metadata.read_text()
+        assert '"wpe"' in text
+        metadata.write_text(text.replace('"wpe"', f'"{name}"').replace("'wpe'", f"'{name}'"))
+    with opened(copy) as checkpoints:
+        with pytest.raises(DamagedError, match="9/params is a link, and saves have none"):
+            checkpoints.restore(9, like())
+        with pytest.raises(DataError, match="no saved step can be used"):
+            checkpoints.restore_newest(like())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "null", '{"meta": {}, "checksums": 3, "sha256": []}', ""])
+def test_a_hostile_seal(copy: pathlib.Path, text: str) -> None:
+    (copy / "9" / "seal" / "seal.json").write_text(text)
+    (copy / "9" / "metrics" / "metrics").write_text(text)
+    with opened(copy) as checkpoints:
+        assert int(checkpoints.restore_newest(like())[0].step) == 6
+        assert checkpoints.best_step() == 6
+
+
 @pytest.mark.faults
 def test_a_run_goes_on_from_the_step_before(tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     tiny: Workshop = workshop(tmp_path_factory.getbasetemp())
