@@ -24,7 +24,7 @@ SHORT = {
     "train.log_every": 1,
 }
 SECONDS = 240
-HEARTBEAT = 10
+HEARTBEAT = 15
 
 
 def state_hash(folder: pathlib.Path, step: int | None = None) -> str:

@@ -79,7 +79,7 @@ def test_a_killed_save_is_no_run(bucket: Storage) -> None:
 RUN = "gs://bucket/runs/tiny"
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_been(
     bucket: Storage, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_elsewhere_as_if_nothing_had_been(
     assert tuned.code == 0, tuned.err
 
 
-@pytest.mark.faults
+@pytest.mark.slow
 def test_a_storage_that_cannot_be_reached(bucket: Storage, tmp_path: pathlib.Path) -> None:
     tiny = workshop(tmp_path)
     tiny.run("s3://bucket/run").says(2, "s3://bucket/run: a path on this machine", "gs://BUCKET/PATH")
