@@ -61,7 +61,7 @@ class Hosts:
         """For tests and for one process; else see `joined`."""
         self.index, self.count = index, count
         self._calls = 0
-        self._training = threading.Event()
+        self._unwatched = threading.Event()
 
     @property
     def first(self) -> bool:
@@ -117,12 +117,12 @@ class Hosts:
                     )
 
     def training_begins(self) -> None:
-        """From here on JAX tells all processes of a SIGTERM; until here `end_all_before_training` does."""
+        """From here on JAX tells all processes of a SIGTERM; until here `leave_together` does."""
         self.gather("")
-        self._training.set()
+        self.stop_watching()
 
-    def end_all_before_training(self) -> None:
-        """Lets all others, which are at different points, get SIGTERM too; waits a while until they leave with this."""
+    def leave_together(self) -> None:
+        """Lets the others, wherever they are before training, get SIGTERM too; waits a while until all leave."""
         client = distributed.global_state.client
         if self.count == 1 or client is None:
             return
@@ -130,18 +130,22 @@ class Hosts:
             client.key_value_set(_PREEMPTED, "", allow_overwrite=True)
             client.wait_at_barrier("gpt2_jax/leaving", _LEAVING_MILLISECONDS)
 
+    def stop_watching(self) -> None:
+        """See `watch`."""
+        self._unwatched.set()
+
     def watch(self) -> None:
-        """Passes the SIGTERM of another process on to this one, until training begins."""
+        """Passes the SIGTERM of another process on to this one, until `stop_watching`."""
         client = distributed.global_state.client
         if client is None or self.count == 1:
             return
         look_up = client.key_value_try_get
 
         def look() -> None:
-            while not self._training.wait(1.0):
+            while not self._unwatched.wait(1.0):
                 with contextlib.suppress(jax.errors.JaxRuntimeError):  # not there
                     look_up(_PREEMPTED)
-                    self._training.set()
+                    self._unwatched.set()
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
         threading.Thread(target=look, daemon=True).start()
@@ -163,8 +167,9 @@ def joined(options: HostOptions) -> Iterator[Hosts]:
         yield hosts
         hosts.gather("")  # Some have more to do at the end than others, and the shutdown waits for seconds only.
     except BaseException as error:
+        hosts.stop_watching()
         if isinstance(error, PreemptedError):
-            hosts.end_all_before_training()
+            hosts.leave_together()
         # In a thread, because it may wait in vain.
         shutdown = threading.Thread(target=_shut_down_if_possible, daemon=True)
         shutdown.start()
@@ -195,7 +200,8 @@ def _interruptibly(call: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join()
+    while thread.is_alive():  # not at once, since a wait without an end is not always left for a signal
+        thread.join(0.2)
     if outcome:
         raise outcome[0]
 
