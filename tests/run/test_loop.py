@@ -154,7 +154,7 @@ def test_the_clock_of_an_interval_stops_during_actions() -> None:
     assert 0 < seconds[0] < 0.9
 
 
-def test_each_step_is_observed_once_its_metrics_are_known_to_be_finite() -> None:
+def test_each_step_is_observed_once_finite_or_not() -> None:
     reported: dict[int, Interval] = {}
     seen: list[tuple[int, float]] = []
     run(
@@ -165,7 +165,8 @@ def test_each_step_is_observed_once_its_metrics_are_known_to_be_finite() -> None
     )
     assert seen == [(step, reported[step].loss_sum) for step in range(1, 6)]
     with pytest.raises(DivergedError):
-        run(with_nan(first_state()), 1, observe=lambda step, values: pytest.fail("not finite"))
+        run(with_nan(first_state()), 1, observe=lambda step, values: seen.append((step, values["nonfinite_steps"])))
+    assert seen[5:] == [(1, 1.0)]
 
 
 @pytest.mark.parametrize(
