@@ -212,7 +212,7 @@ def test_ctrl_c_ends_in_one_line_and_the_run_goes_on_with_another_rhythm(
     process.send_signal(signal.SIGINT)
     stopped = finish(process)
     assert stopped.code == 130
-    assert stopped.err.splitlines()[-1].startswith("train.py: interrupted; the same command resumes")
+    assert re.fullmatch(r"train.py: interrupted: step \d+ is saved; the same command .*", stopped.err.splitlines()[-1])
     assert "Traceback" not in stopped.err
     assert not list((folder / "checkpoints").glob("*tmp*")), "the last save was not waited for"
 

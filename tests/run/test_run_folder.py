@@ -40,12 +40,12 @@ def test_skipped_batches_are_kept_until_others_are_given(tmp_path: pathlib.Path)
     write_run(tmp_path, RunConfig(), DATA)
     assert read_skipped(tmp_path) == ()
     assert "skipped" not in json.loads((tmp_path / "run.json").read_text())
-    write_run(tmp_path, RunConfig(), DATA, [Skip(40, 5)])
+    write_run(tmp_path, RunConfig(), DATA, skipped=[Skip(40, 5)])
     assert json.loads((tmp_path / "run.json").read_text())["skipped"] == [{"at": 40, "batches": 5}]
     write_run(tmp_path, run_config({"train": {"log_every": 3}}), {**DATA, "folder": "/elsewhere"})
     assert read_skipped(tmp_path) == (Skip(40, 5),)
     assert read_data(tmp_path)["folder"] == "/elsewhere"
-    write_run(tmp_path, RunConfig(), DATA, [*read_skipped(tmp_path), Skip(60, 1)])
+    write_run(tmp_path, RunConfig(), DATA, skipped=[*read_skipped(tmp_path), Skip(60, 1)])
     assert read_skipped(tmp_path) == (Skip(40, 5), Skip(60, 1))
 
 
