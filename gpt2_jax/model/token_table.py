@@ -9,7 +9,7 @@ Shapes: S devices that share the batch, B rows, T length, D width, V' padded voc
 import jax
 import jax.numpy as jnp
 
-from gpt2_jax.sharding import axis_size, relayout
+from gpt2_jax.sharding import axis_size, constrain, relayout
 
 
 def table_per_share(wte_VD: jax.Array) -> jax.Array:
@@ -17,7 +17,8 @@ def table_per_share(wte_VD: jax.Array) -> jax.Array:
     wte_VD = relayout(wte_VD, ("vocab", None), ("vocab", "embed"))
     wte_SVD = jnp.broadcast_to(wte_VD, (axis_size("batch"), *wte_VD.shape))
     # In the end each device of fsdp gets its part of the width from the others and sums it.
-    return relayout(wte_SVD, ("batch", "vocab", None), ("replicas", "vocab", "embed"))
+    wte_SVD = relayout(wte_SVD, ("batch", "vocab", None), ("replicas", "vocab", "embed"))
+    return constrain(wte_SVD, "batch", "vocab", None)  # and so its gradient, until it is complete
 
 
 def look_up(wte_SVD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
