@@ -13,9 +13,17 @@ import jax.numpy as jnp
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
-@jax.jit
 def checksums(tree: Any) -> Any:
-    """A tree with a uint32 for each array."""
+    """A tree with a uint32 for each array; these lie all on the same devices."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    # On the devices of the arrays, whatever mesh is in use: parameters of another run are looked at on one of them.
+    mesh = getattr(sharding, "mesh", None) or jax.sharding.Mesh(list(sharding.device_set), ("alone",))
+    with jax.set_mesh(mesh):
+        return _checksums(tree)
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _weighted_sum(_words(leaf)), tree)
 
 
