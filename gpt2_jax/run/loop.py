@@ -98,13 +98,15 @@ def train(
     """
     watchdog = watchdog or Watchdog(0)
     watchdog.alive(LONG)  # the first step is compiled
+    times = LONG  # until its metrics are here: other hosts may take longer to come to it
     reach("compile")
     interval = Interval()
     waiting: tuple[int, Metrics, int] | None = None
 
     def read(step: int, metrics: Metrics, tokens: int) -> None:
-        nonlocal interval
+        nonlocal interval, times
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        times = 1
         observe(step, values)
         if values["nonfinite_steps"] > settings.max_skipped:
             with jax.transfer_guard("allow"):
@@ -147,7 +149,8 @@ def train(
                 save(step, state)
                 raise asked
             interval.started += time.perf_counter() - paused
-        watchdog.alive()
+            times = LONG  # others may still be at it
+        watchdog.alive(times)
     if waiting is not None:
         read(*waiting)
     return state
