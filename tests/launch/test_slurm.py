@@ -19,8 +19,10 @@ def programs(tmp_path: pathlib.Path) -> FakePrograms:
 def test_a_job_is_requeued_when_it_was_preempted_only(programs: FakePrograms, code: int, runs: int) -> None:
     programs.add("srun", f"exit {code}")
     programs.add("scontrol")
+    programs.add("sleep")  # SLURM ends the script meanwhile
     done = programs.bash("launch/slurm.sbatch", "--config=c.py", "a b", "$x", env=JOB)
     preempted = code in (75, 143)
+    assert (["sleep", "600"] in programs.calls("sleep")) == preempted
     assert done.returncode == (75 if preempted else code)
     assert programs.calls("scontrol") == ([["scontrol", "requeue", "42"]] if preempted else [])
     steps = programs.calls("srun")
