@@ -4,11 +4,10 @@ GPT2_JAX_FAULT=NAME[#COUNT][+SECONDS]=ACTION: when the point NAME is reached for
 out), and SECONDS later (at once, if left out), the process
 
     kill   gets SIGKILL      term   gets SIGTERM      interrupt   gets SIGINT
-    raise  raises RuntimeError, and `full` OSError as of a full disk, both only at once
+    raise  raises RuntimeError, only at once
     hang   sleeps for good, only at once
 """
 
-import errno
 import os
 import re
 import signal
@@ -29,7 +28,7 @@ def reach(name: str) -> None:
 def _reach(name: str, plan: str) -> None:
     global _count
     parts = re.fullmatch(
-        r"(?P<name>[a-z._]+)(#(?P<count>\d+))?(\+(?P<seconds>[\d.]+))?=(?P<action>kill|term|interrupt|raise|full|hang)",
+        r"(?P<name>[a-z._]+)(#(?P<count>\d+))?(\+(?P<seconds>[\d.]+))?=(?P<action>kill|term|interrupt|raise|hang)",
         plan,
     )
     if parts is None:
@@ -42,8 +41,6 @@ def _reach(name: str, plan: str) -> None:
     action = parts["action"]
     if action == "raise":
         raise RuntimeError(f"fault point {name}")
-    if action == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if action == "hang":
         time.sleep(10**9)
     timer = threading.Timer(float(parts["seconds"] or 0), os.kill, (os.getpid(), _SIGNALS[action]))
