@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax._src import clusters, distributed  # what JAX detects of a cluster, and its key-value store, are not public
+from orbax.checkpoint._src.futures import signaling_client  # what it keeps of a connection cannot be cleared otherwise
 
 import gpt2_jax
 from gpt2_jax.errors import Gpt2JaxError, OtherHostError, PreemptedError, UsageError
@@ -177,7 +178,7 @@ def joined(options: HostOptions) -> Iterator[Hosts]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" in str(error):
             raise Gpt2JaxError(f"host {hosts.index}: another host has ended: {_shortened(error)}") from error
         raise
-    jax.distributed.shutdown()
+    _shut_down()
 
 
 def end_process(code: int) -> None:
@@ -277,10 +278,17 @@ def _own_address() -> str:
         raise Gpt2JaxError(f"the loopback address cannot be used ({error.strerror}); {_ALONE}") from None
 
 
+def _shut_down() -> None:
+    try:
+        jax.distributed.shutdown()
+    finally:
+        signaling_client.get_signaling_client.cache_clear()  # a later run in this process has another connection
+
+
 def _shut_down_if_possible() -> None:
     # What fails here is a consequence of the error that is being raised.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        jax.distributed.shutdown()
+        _shut_down()
 
 
 def _shortened(error: Exception) -> str:

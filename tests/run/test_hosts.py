@@ -153,6 +153,25 @@ def test_one_process_binds_the_loopback_address(tiny: Workshop) -> None:
     assert done.out.splitlines() == ["False 0 1 1", "False"], done.err
 
 
+TWO_RUNS = """
+import sys
+from gpt2_jax.cli.train import main
+
+for folder in "ab":
+    assert main([f"--workdir={sys.argv[1]}/{folder}", *sys.argv[2:]]) == 0
+"""
+
+
+@pytest.mark.faults
+def test_one_program_trains_twice(tiny: Workshop, tmp_path: pathlib.Path) -> None:
+    """Orbax would talk to the coordinator of the first run, which is gone."""
+    settings = {"train.steps": 6, "train.eval_every": 0, "train.sample_every": 0}
+    arguments = [word for word in tiny.arguments(tmp_path, settings) if not word.startswith("--workdir")]
+    done = tiny.python(TWO_RUNS, tmp_path, *arguments)
+    assert done.code == 0, done.err
+    assert (tmp_path / "b" / "checkpoints" / "6").is_dir()
+
+
 def test_one_host_agrees_with_itself() -> None:
     alone = Hosts(0, 1)
     assert alone.first and alone.gather("x") == ["x"]
@@ -178,9 +197,6 @@ def test_the_code_version_changes_with_the_code(tmp_path: pathlib.Path, monkeypa
     assert len(versions) == 2
     file.rename(file.with_name("y.py"))
     assert hosts.code_version() not in versions
-
-
-# SIGTERM without a coordinator
 
 
 # Devices that are left unused
