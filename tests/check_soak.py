@@ -2,7 +2,7 @@
 
     python tests/check_soak.py [--minutes=15]
 
-The steps of the quick start are raised until a clean run takes so many minutes, with a save after every 50; it is run
+The steps of the quick start are raised until a clean run takes so many minutes, with a save after every 25; it is run
 once undisturbed, then killed every 20 to 60 seconds and started anew, until it is done. Both must end with the same
 state, bit for bit. Ends with 1 else.
 """
@@ -18,11 +18,11 @@ import time
 from gpt2_jax.run.state_hashes import state_hashes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TRIAL_STEPS = 2000
+TRIAL_STEPS = 400
 
 
 def start(folder: pathlib.Path, steps: int) -> subprocess.Popen:
-    settings = {"train.steps": steps, "checkpoint.every": 50, "checkpoint.export_best": False, "train.sample_every": 0}
+    settings = {"train.steps": steps, "checkpoint.every": 25, "checkpoint.export_best": False, "train.sample_every": 0}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'configs' / 'quickstart.py'}"]
     with (folder.parent / f"{folder.name}.log").open("ab") as log:

