@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     rng, base = random.Random(flags.seed), pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
-    finish(base / "warm", 20)
+    finish(base / "warm", 100)  # data, tokenizer and programs are made
     seconds = finish(base / "trial", TRIAL_STEPS)
     steps = round(TRIAL_STEPS * 60 * flags.minutes / seconds)
     print(f"{TRIAL_STEPS} steps took {seconds:.0f} s; {steps} steps, in {base}", flush=True)

@@ -4,15 +4,26 @@ import importlib.util
 import os
 import pathlib
 import signal
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else XLA has much to say of each program that it reads
 
 import jax
 import pytest
 
+from gpt2_jax.run.compile_cache import set_compile_cache
+
+# Compiling takes most of the time: each program is compiled once per session, or once for all where a folder is named.
+_COMPILED = "GPT2_JAX_TEST_COMPILE_CACHE"
+if not os.environ.get(_COMPILED):
+    _compiled = tempfile.TemporaryDirectory(prefix="compiled-")
+    os.environ[_COMPILED] = _compiled.name
+set_compile_cache(os.environ[_COMPILED])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # else the first run of train.py in this process would join it to a coordinator, which ends with that run
 
 # Shells start background jobs with Ctrl-C ignored, and what the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

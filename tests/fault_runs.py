@@ -20,7 +20,7 @@ SHORT = {
     "train.steps": 24,
     "checkpoint.every": 3,
     "train.eval_every": 6,
-    "train.sample_every": 24,
+    "train.sample_every": 0,
     "train.log_every": 1,
 }
 SECONDS = 240

@@ -1,7 +1,7 @@
 """Tiny runs of the real train.py, as a command or in this process.
 
-A workshop is a folder that all tests of a session share: a corpus, a config file, the cache of token stores and that of
-compiled programs, so that the second run of a kind starts in a few seconds.
+A workshop is a folder that all tests of a session share: a corpus, a config file and the cache of token stores. With
+that of compiled programs (see conftest.py) the second run of a kind starts in a few seconds.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ class Workshop:
         """The same in this process, on its eight devices: quick where nothing is compiled."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), kept_settings():
-            code = main(self.arguments(workdir, settings, *flags, "--compile_cache=off"))
+            code = main(self.arguments(workdir, settings, *flags))
         return Finished(code, out.getvalue(), err.getvalue())
 
     def environment(self) -> dict[str, str]:

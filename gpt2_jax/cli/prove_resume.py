@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 
 from gpt2_jax.cli.quiet_logs import quiet_logs
-from gpt2_jax.config import RunConfig
+from gpt2_jax.config import MeshConfig, RunConfig
 from gpt2_jax.config_file import load_config
 from gpt2_jax.errors import Gpt2JaxError, UsageError
 
@@ -48,9 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_logs()
     settings = _shortened(load_config(arguments.config, arguments.overrides), arguments.steps)
     proof = _Proof(arguments, settings)
-    load_config(arguments.config, proof.overrides)  # refused here, before anything is run
+    mesh = load_config(arguments.config, proof.overrides).mesh  # what is wrong is refused here, before anything is run
     with _workdir(arguments.workdir) as folder:
-        return _prove(proof, folder, arguments.kills, random.Random(arguments.seed))
+        return _prove(proof, folder, _other_mesh(mesh), random.Random(arguments.seed))
 
 
 @dataclasses.dataclass
@@ -83,8 +83,8 @@ class _Proof:
         return time.monotonic() - start
 
 
-def _prove(proof: _Proof, folder: pathlib.Path, kills: int, rng: random.Random) -> int:
-    steps = proof.arguments.steps
+def _prove(proof: _Proof, folder: pathlib.Path, meshes: dict[str, str], rng: random.Random) -> int:
+    steps, kills = proof.arguments.steps, proof.arguments.kills
     print(f"{steps} steps, a save after every {proof.settings['checkpoint.every']}, in {folder}", flush=True)
     seconds = proof.finish(folder / "undisturbed")
     print(f"undisturbed: {seconds:.0f} s", flush=True)
@@ -94,7 +94,6 @@ def _prove(proof: _Proof, folder: pathlib.Path, kills: int, rng: random.Random) 
     verdict = [f"{len(expected)} arrays of the state after step {steps}, sha256: "]
     verdict[0] += f"{len(differ)} differ, the first of them {differ[0]}" if differ else "all equal, bit for bit"
     proved = not differ
-    meshes = _other_mesh()
     if meshes:
         _kill_again_and_again(proof, folder / "mesh", 1, rng, meshes)
         there, here = _losses(folder / "mesh"), _losses(folder / "undisturbed")
@@ -144,12 +143,15 @@ def _shortened(config: RunConfig, steps: int) -> dict[str, str]:
     }
 
 
-def _other_mesh() -> dict[str, str]:
+def _other_mesh(mesh: MeshConfig) -> dict[str, str]:
     """Settings that lay the state out otherwise, where there is more than one device."""
     counted = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.device_count())"], capture_output=True, text=True, check=True
     )
-    return {"mesh.data": "1", "mesh.fsdp": "-1", "mesh.tensor": "1"} if int(counted.stdout) > 1 else {}
+    if int(counted.stdout) == 1:
+        return {}
+    whole, split = ("data", "fsdp") if mesh.fsdp == 1 else ("fsdp", "data")
+    return {"mesh.tensor": "1", f"mesh.{whole}": "1", f"mesh.{split}": "-1"}
 
 
 def _state(folder: pathlib.Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from gpt2_jax.cli.main import main
 from gpt2_jax.decoding.generate import Completion
 
 RUN = "import sys; from gpt2_jax.cli.main import main; sys.exit(main())"
+COMPILED = os.environ["GPT2_JAX_TEST_COMPILE_CACHE"]
 GREEDY = "--temperature=0"
 # Until someone stops it.
 ENDLESS = ("--beyond_context=slide", "--max_new_tokens=1000000", "--ignore_end_of_text", "--prompt=1")
@@ -42,7 +43,7 @@ def here(*arguments: object, stdin: bytes = b"") -> Finished:
     before, sys.stdin = sys.stdin, inward
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), kept_settings():
-            code = main(["generate", "--compile_cache=off", *map(str, arguments)])
+            code = main(["generate", f"--compile_cache={COMPILED}", *map(str, arguments)])
             out.flush(), err.flush()
     finally:
         sys.stdin = before
@@ -59,7 +60,7 @@ def refused(done: Finished, *fragments: str) -> None:
 def start(base: pathlib.Path, *arguments: object, **options: Any) -> subprocess.Popen:
     """The command as a process of its own."""
     tiny = workshop(base)
-    command = [sys.executable, "-c", RUN, "generate", f"--compile_cache={tiny.folder / 'xla'}", *map(str, arguments)]
+    command = [sys.executable, "-c", RUN, "generate", f"--compile_cache={COMPILED}", *map(str, arguments)]
     pipes = {name: options.pop(name, subprocess.PIPE) for name in ("stdin", "stdout", "stderr")}
     return subprocess.Popen(command, env={**tiny.environment(), **options.pop("env", {})}, **pipes, **options)
 

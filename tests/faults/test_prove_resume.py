@@ -10,6 +10,7 @@ from tiny_run import TINY, Finished, Workshop, workshop
 
 from gpt2_jax.cli import prove_resume
 from gpt2_jax.cli.main import main
+from gpt2_jax.config import MeshConfig
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,13 @@ def prove(tiny: Workshop, folder: pathlib.Path, devices: int, *flags: str) -> Fi
 
 @pytest.mark.faults
 def test_a_run_is_proved_on_its_mesh_and_on_another(tiny: Workshop, tmp_path: pathlib.Path) -> None:
-    done = prove(tiny, tmp_path, 2, "--kills=2", "--steps=40")
+    done = prove(tiny, tmp_path, 2, "--kills=1", "--steps=16")
     assert done.code == 0, done.out + done.err
     lines = done.out.splitlines()
     assert lines[-1] == "PROVED"
     assert "sha256: all equal, bit for bit" in lines[-3]
     assert "on another mesh (" in lines[-2]
-    assert sum(line.startswith("killed after step ") for line in lines) == 3
+    assert sum(line.startswith("killed after step ") for line in lines) == 2
     assert {entry.name for entry in tmp_path.iterdir()} >= {"undisturbed", "killed", "mesh"}
 
 
@@ -53,15 +54,27 @@ def test_a_difference_is_found(
         return finish(proof, folder, mesh)
 
     monkeypatch.setattr(prove_resume._Proof, "finish", otherwise)
-    for name, value in {**tiny.environment(), "JAX_NUM_CPU_DEVICES": "1", "XDG_CACHE_HOME": str(tiny.folder)}.items():
+    monkeypatch.setattr(prove_resume, "_other_mesh", lambda mesh: {})
+    for name, value in {**tiny.environment(), "JAX_NUM_CPU_DEVICES": "2", "XDG_CACHE_HOME": str(tiny.folder)}.items():
         monkeypatch.setitem(os.environ, name, value)
     settings = {**TINY, "data.source": f"text:{tiny.corpus}", "data.cache_dir": tiny.folder / "tokens"}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    code = main(["prove-resume", f"--config={tiny.config}", f"--workdir={tmp_path / 'w'}", "--kills=1", *flags])
+    code = main(
+        ["prove-resume", f"--config={tiny.config}", f"--workdir={tmp_path / 'w'}", "--kills=1", "--steps=16", *flags]
+    )
     told = capsys.readouterr().out
     assert code == 1, told
     assert " differ, the first of them " in told
     assert "NOT PROVED" in told
+
+
+def test_the_other_mesh_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    for own, other in ((MeshConfig(), MeshConfig(1, -1, 1)), (MeshConfig(1, -1, 1), MeshConfig(-1, 1, 1))):
+        settings = prove_resume._other_mesh(own)
+        assert {name: int(size) for name, size in settings.items()} == {
+            f"mesh.{name}": getattr(other, name) for name in ("data", "fsdp", "tensor")
+        }
 
 
 @pytest.mark.parametrize(
