@@ -203,6 +203,7 @@ def test_a_killed_run_resumes_bit_by_bit(
     assert state.ema is not None
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_the_run_goes_on_with_another_rhythm(
     tiny: Workshop, straight: tuple[pathlib.Path, Finished], tmp_path: pathlib.Path
 ) -> None:

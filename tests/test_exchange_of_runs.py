@@ -78,6 +78,7 @@ def test_training_starts_from_a_huggingface_folder(tiny: Workshop, tmp_path: pat
     assert equal(first[1], second[1])  # at rate 0 it ends as it began
 
 
+@pytest.mark.slow
 def test_positions_beyond_a_shorter_context_stay(tiny: Workshop, tmp_path: pathlib.Path) -> None:
     assert tiny.run_here(tmp_path / "first", SETTINGS).code == 0
     source = tmp_path / "first" / "huggingface"
