@@ -1,4 +1,4 @@
-"""Saving and restoring a run's state with Orbax. No other file calls Orbax.
+"""Saving and restoring a run's state with Orbax. No other file but seal.py calls Orbax.
 
 A step's folder holds separate items: `params` and (if kept) `ema`, plain nested dicts; `training`, what only training
 needs; `seal`, JSON with the fingerprints of data and tokenizer, and the checksum of each array. A step is taken for
@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint._src.futures import signaling_client  # it cannot be made to forget otherwise
 
 from gpt2_jax.config import CheckpointConfig
 from gpt2_jax.errors import DamagedError, DataError, Gpt2JaxError, UsageError
@@ -246,6 +247,11 @@ class Checkpoints:
             if not is_remote(self._folder):
                 raise
             raise UsageError(f"{self._folder} cannot be opened: {_one_line(error)}; check the credentials") from error
+
+
+def forget_connection() -> None:
+    """For a process that has left JAX's coordinator: Orbax would go on talking to it in a later run's saves."""
+    signaling_client.get_signaling_client.cache_clear()
 
 
 def _one_line(error: Exception) -> str:

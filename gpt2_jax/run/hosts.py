@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from jax._src import clusters, distributed  # what JAX detects of a cluster, and its key-value store, are not public
-from orbax.checkpoint._src.futures import signaling_client  # what it keeps of a connection cannot be cleared otherwise
 
 import gpt2_jax
 from gpt2_jax.errors import Gpt2JaxError, OtherHostError, PreemptedError, UsageError
+from gpt2_jax.run.checkpoint import forget_connection
 from gpt2_jax.run.rendezvous import free_address, is_loopback, meet
 
 # A host may be tokenizing for hours while the others wait. One that dies is noticed by its heartbeat.
@@ -282,7 +282,7 @@ def _shut_down() -> None:
     try:
         jax.distributed.shutdown()
     finally:
-        signaling_client.get_signaling_client.cache_clear()  # a later run in this process has another connection
+        forget_connection()
 
 
 def _shut_down_if_possible() -> None:

@@ -92,7 +92,9 @@ class LocalLeaseFile:
         with aside.open("rb") as stream:
             found = stream.read(MAX_BYTES + 1)
         if not wanted(found):
-            self.create(found)  # another's, that came meanwhile: back with it
+            self.create(
+                found
+            )  # another's, that came meanwhile: back with it; if that one has given way since, it lapses
         aside.unlink()
         return wanted(found)
 

@@ -37,6 +37,7 @@ def assert_one_line(err: str, *fragments: str) -> None:
     ("point", "flags"),
     [
         ("compile=term", ()),
+        ("step#7=term", ()),
         ("evaluate#2=term", ()),
         ("save.copied#2=term", ()),
         ("step#7=term", ("--no_distributed",)),
@@ -103,13 +104,18 @@ def test_while_the_others_have_not_come(tiny: Workshop, tmp_path: pathlib.Path) 
 
 
 @pytest.mark.parametrize("flags", [(), ("--no_distributed",)])
-def test_ctrl_c_saves(tiny: Workshop, tmp_path: pathlib.Path, flags: tuple[str, ...]) -> None:
+def test_ctrl_c_saves(tiny: Workshop, alone: str, tmp_path: pathlib.Path, flags: tuple[str, ...]) -> None:
     (left,) = fault_runs.run(tiny, tmp_path, *flags, faults=["step#8=interrupt"])
     assert left.code == 130, left.err
     step = fault_runs.saved_steps(tmp_path)[-1]
     assert step >= 8
     assert_one_line(left.err, f"interrupted: step {step} is saved")
     assert "once more to end at once" in left.err
+    if flags:
+        return
+    (done,) = fault_runs.run(tiny, tmp_path)
+    assert done.code == 0, done.err
+    assert fault_runs.state_hash(tmp_path) == alone
 
 
 def test_ctrl_c_twice_leaves_whole_saves_only(tiny: Workshop, alone: str, tmp_path: pathlib.Path) -> None:

@@ -29,13 +29,13 @@ def prove(tiny: Workshop, folder: pathlib.Path, devices: int, *flags: str) -> Fi
 
 @pytest.mark.faults
 def test_a_run_is_proved_on_its_mesh_and_on_another(tiny: Workshop, tmp_path: pathlib.Path) -> None:
-    done = prove(tiny, tmp_path, 2, "--kills=1", "--steps=16")
+    done = prove(tiny, tmp_path, 2, "--kills=2", "--steps=16")
     assert done.code == 0, done.out + done.err
     lines = done.out.splitlines()
     assert lines[-1] == "PROVED"
     assert "sha256: all equal, bit for bit" in lines[-3]
     assert "on another mesh (" in lines[-2]
-    assert sum(line.startswith("killed after step ") for line in lines) == 2
+    assert sum(line.startswith("killed after step ") for line in lines) == 3
     assert {entry.name for entry in tmp_path.iterdir()} >= {"undisturbed", "killed", "mesh"}
 
 

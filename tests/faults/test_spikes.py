@@ -108,7 +108,7 @@ def test_blame_shows_the_text(spiked: Spiked) -> None:
 def test_no_spikes_without_odd_text_or_where_they_are_off(tiny: Workshop, spiked: Spiked) -> None:
     """The ordinary noise of small batches, and the fall of the loss at the beginning, are none."""
     ordinary = tiny.folder / "ordinary"
-    assert tiny.run(ordinary, {"train.steps": 150, "train.eval_every": 0, "train.sample_every": 0}).code == 0
+    assert tiny.run(ordinary, {"train.steps": 300, "train.eval_every": 0, "train.sample_every": 0}).code == 0
     assert not (ordinary / "events.jsonl").exists()
     settings = {**SETTINGS, "data.source": f"text:{tiny.folder / 'one odd document'}/*.txt", "train.spike_sigmas": 0}
     assert tiny.run(tiny.folder / "off", settings).code == 0
