@@ -92,9 +92,8 @@ class LocalLeaseFile:
         with aside.open("rb") as stream:
             found = stream.read(MAX_BYTES + 1)
         if not wanted(found):
-            self.create(
-                found
-            )  # another's, that came meanwhile: back with it; if that one has given way since, it lapses
+            # Another's, that came meanwhile: back with it. If that one has given way since, it lapses.
+            self.create(found)
         aside.unlink()
         return wanted(found)
 
