@@ -31,7 +31,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from benchmarks.train import spread
+from benchmarks.report import spread
 from gpt2_jax.config import CheckpointConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2_jax.config_file import load_config
 from gpt2_jax.run.checkpoint import Checkpoints

@@ -31,15 +31,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.machine import Bandwidth, OtherPrograms, keep_to_cores
-from benchmarks.train import spread
+from benchmarks.machine import BUSY_CORES, Bandwidth, OtherPrograms, keep_to_cores
+from benchmarks.report import spread
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.decoding.batch import Batch, Limits
 from gpt2_jax.decoding.layout import Decoder, make_decoder
 from gpt2_jax.decoding.settings import Sampling
 from gpt2_jax.model.gpt2 import GPT2, Params, init_params
 
-_BUSY_CORES = 0.1
 _TIE = 1e-4  # logits that differ less may be ordered either way
 
 
@@ -97,7 +96,7 @@ def measure_rounds(
     After three times as many, those that were disturbed least are taken; `Round.others` tells.
     """
     done: list[Round] = []
-    while sum(one.others <= _BUSY_CORES for one in done) < rounds and len(done) < 3 * rounds:
+    while sum(one.others <= BUSY_CORES for one in done) < rounds and len(done) < 3 * rounds:
         others = OtherPrograms()
         rates = bandwidth.of_products(), bandwidth.of_reads()
         turns = {}

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.train import spread
+from benchmarks.report import spread
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.exchange.bundle import Bundle
 from gpt2_jax.exchange.huggingface_write import write_huggingface

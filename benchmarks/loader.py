@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from benchmarks.train import spread
+from benchmarks.report import spread
 from gpt2_jax.data.batches import TrainBatches
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.windows import PackedWindows

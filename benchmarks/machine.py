@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+BUSY_CORES = 0.1  # what other programs may take while something is measured
+
 
 def keep_to_cores(number: int) -> None:
     """Restricts this process to `number` cores; call it before JAX computes anything. Linux only."""
@@ -57,6 +59,12 @@ def _median_seconds(compute: Callable[[], object], times: int = 9) -> float:
         jax.block_until_ready(compute())
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process until now, in bytes. Linux only."""
+    with open("/proc/self/status") as status:  # not getrusage, which begins with the parent's
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 class OtherPrograms:

@@ -1,102 +1,174 @@
-"""How fast is the train step, and how much of the machine's matrix-product rate does it reach?
+"""How fast is the train step, beside torch, and how much of the machine's matrix-product rate does it reach?
 
-    python -m benchmarks.train --config=configs/shakespeare_char_cpu.py --vocab_size=65
+    python -m benchmarks.train --config=configs/gpt2_124m.py --config.train.batch_size=2 ... --against=torch
 
-Steps on random tokens of the config's shape, all on one batch that lies on the device, are timed in rounds; between the
-rounds the float32 matrix-product rate is measured, so that both see the same machine. Prints a table and a JSON line of
-medians and ranges.
+Steps on random tokens of the config's shape, on the CPU, without dropout unless a side has it, in float32 unless its
+name says otherwise, at a constant rate of learning. Each side starts from the same weights and sees the same batches;
+that its first ten losses agree with ours (1e-3 in float32) is checked. Rounds go through the sides forth and back
+(A B, B A), each time in a fresh process, which waits for each of its first ten steps and then measures for some
+seconds; a turn in which other programs took more than a tenth of a core is repeated, at most twice. Ours measures the
+float32 matrix-product rate before and after its steps, the larger of which is the bound.
+
+`gpt2_jax` keeps freed memory as train.py does where there is only a CPU; `gpt2_jax-system-malloc` does not. Memory is
+the peak resident size above that of the process with the weights' file in it. Prints a table and a JSON line; medians
+and ranges over the rounds, ratios within them.
 """
 
 import argparse
 import dataclasses
 import json
-import statistics
-import time
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
 
 import jax
 import numpy as np
 
-from gpt2_jax.config import RunConfig
+from benchmarks.machine import BUSY_CORES
+from benchmarks.report import print_columns, print_json, spread
+from benchmarks.train_side import SIDES
+from gpt2_jax.cli.malloc import VARIABLE
+from gpt2_jax.cli.overrides import parse_overrides
+from gpt2_jax.config import OptimizerConfig, RunConfig
 from gpt2_jax.config_file import load_config
-from gpt2_jax.model.gpt2 import parameter_count
-from gpt2_jax.run.hardware import flops_per_token, measured_matmul_rate
-from gpt2_jax.run.step_settings import make_settings
-from gpt2_jax.sharding import make_mesh, place_batch, use_mesh
-from gpt2_jax.training.steps import train_step
-from gpt2_jax.training.train_state import sharded_init
+from gpt2_jax.exchange.names import tensors_from_params
+from gpt2_jax.model.gpt2 import GPT2, init_params
+from gpt2_jax.run.hardware import flops_per_token
+
+_FIRST = "gpt2_jax"
+_AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
+_RATE = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0)
 
 
-def measure(config: RunConfig, rounds: int, seconds: float) -> dict[str, object]:
-    """Times the config's train step; `model.vocab_size` must be set."""
-    mesh = make_mesh(config.mesh)
-    settings = make_settings(config, mesh)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.model.vocab_size, (config.train.batch_size, config.context_length + 1))
-    tokens = tokens.astype(np.int32)
-    weights = np.ones((config.train.batch_size, config.context_length), np.float32)
-    rates, peaks = [], []
-    with use_mesh(mesh):
-        batch = place_batch({"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}, mesh)
-        state = sharded_init(settings.model, settings.optimizer, 0, mesh, ema=config.optimizer.ema_decay > 0)
-        began = time.perf_counter()
-        state, metrics = train_step(state, batch, settings=settings)
-        jax.block_until_ready(metrics)
-        first_step = time.perf_counter() - began
-        began = time.perf_counter()
-        for _ in range(5):
-            state, metrics = train_step(state, batch, settings=settings)
-        jax.block_until_ready(metrics)
-        steps = max(1, round(5 * seconds / (time.perf_counter() - began)))
-        for _ in range(rounds):
-            peaks.append(measured_matmul_rate())
-            began = time.perf_counter()
-            for _ in range(steps):
-                state, metrics = train_step(state, batch, settings=settings)
-            jax.block_until_ready(metrics)
-            rates.append(steps * weights.size / (time.perf_counter() - began))
-    flops = flops_per_token(config.model, config.context_length)
-    shares = [rate * flops / peak for rate, peak in zip(rates, peaks, strict=True)]
+def turn(task: dict[str, Any], cache: pathlib.Path) -> dict[str, Any]:
+    """One side in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        **SIDES[task["side"]].environment(),
+    }
+    for attempt in range(3):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.train_side"],
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        if done.returncode:
+            raise SystemExit(f"{task['side']}: {done.stderr[-2000:]}")
+        figures = json.loads(done.stdout.splitlines()[-1])
+        if figures["cores_of_others"] <= BUSY_CORES or attempt == 2:
+            return figures
+    raise AssertionError
+
+
+def measure(
+    config: RunConfig, sides: list[str], *, rounds: int, seconds: float, threads: int, cache: pathlib.Path
+) -> dict[str, Any]:
+    """Figures by side, ours first."""
+    config = dataclasses.replace(config, optimizer=_RATE)
+    task = {"config": dataclasses.asdict(config), "seconds": seconds, "threads": threads}
+    done: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = pathlib.Path(folder, "weights.npz")
+        params = init_params(GPT2(config.model), jax.random.key(0))
+        np.savez(weights, **{tensor.name: value for tensor, value in tensors_from_params(config.model, params)})
+        for number in range(rounds):
+            for side in sides if number % 2 == 0 else reversed(sides):
+                done[side].append(turn({**task, "side": side, "weights": str(weights)}, cache))
+                print(f"{number + 1} {side}: {done[side][-1]['step_seconds'] * 1e3:.1f} ms", file=sys.stderr)
+    tokens = config.train.batch_size * config.context_length
+    flops = tokens * flops_per_token(config.model, config.context_length)
     return {
-        "parameters": parameter_count(config.model),
-        "tokens_per_step": weights.size,
-        "first_step_seconds": round(first_step, 2),
-        "tokens_per_second": spread(rates, 0),
-        "matmul_gflops": spread([peak / 1e9 for peak in peaks], 0),
-        "share_of_matmul_rate": spread(shares, 3),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        "parameters_of": str(config.model),
+        "tokens_per_step": tokens,
+        "rounds": rounds,
+        "sides": {side: _figures(side, done, tokens, flops) for side in sides},
     }
 
 
-def spread(values: list[float], digits: int) -> dict[str, float]:
-    """Median and range."""
-    return {
-        "median": round(statistics.median(values), digits),
-        "min": round(min(values), digits),
-        "max": round(max(values), digits),
+def _figures(side: str, done: dict[str, list[dict[str, Any]]], tokens: int, flops: float) -> dict[str, Any]:
+    ours, turns = done[_FIRST], done[side]
+    _check_losses(side, ours[0]["losses"], turns[0]["losses"])
+    pairs = list(zip(ours, turns, strict=True))
+    figures: dict[str, Any] = {
+        "tokens_per_second": spread([tokens / one["step_seconds"] for one in turns], 0),
+        "step_ms": spread([1e3 * one["step_seconds"] for one in turns], 2),
+        "processor_ms": spread([1e3 * one["processor_seconds"] for one in turns], 1),
+        "of_it_in_the_kernel": spread([one["system_seconds"] / one["processor_seconds"] for one in turns], 2),
+        "page_faults_per_step": spread([one["page_faults"] for one in turns], 0),
+        "peak_mb": spread([one["peak_bytes"] / 1e6 for one in turns], 0),
+        "first_step_seconds": spread([one["first_step_seconds"] for one in turns], 2),
+        "cores_of_others": round(max(one["cores_of_others"] for one in turns), 2),
+        "last_loss": round(turns[0]["losses"][-1], 5),
     }
+    if turns[0]["matmul_rate"]:
+        figures["matmul_gflops"] = spread([one["matmul_rate"] / 1e9 for one in turns], 0)
+        rates = [flops / one["step_seconds"] / one["matmul_rate"] for one in turns]
+        figures["share_of_matmul_rate"] = spread(rates, 3)
+    if side != _FIRST:
+        figures["ours_times_as_fast"] = spread([b["step_seconds"] / a["step_seconds"] for a, b in pairs], 2)
+        figures["our_memory_over_its"] = spread([a["peak_bytes"] / b["peak_bytes"] for a, b in pairs], 2)
+    return figures
+
+
+def _check_losses(side: str, ours: list[float], theirs: list[float]) -> None:
+    if SIDES[side].dropout:
+        return
+    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    if not apart <= _AGREE[SIDES[side].dtype]:
+        raise SystemExit(f"{side}: the first losses are {apart:.2g} apart: ours {ours}, its {theirs}")
+
+
+def without_dropout(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config as it is measured."""
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
+    model = dataclasses.replace(config.model, vocab_size=vocab_size or config.model.vocab_size, **rates)
+    return dataclasses.replace(config, model=model)
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Keys of the config are overridden as for train.py: --config.SECTION.KEY=VALUE.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--vocab_size", type=int, default=0, help="ids, where the config leaves them to the tokenizer")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each round")
-    flags = parser.parse_args()
-    config = load_config(flags.config, {})
+    parser.add_argument("--against", default="", metavar="SIDE[,SIDE...]", help=", ".join(SIDES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="cores, for all sides")
+    flags, rest = parser.parse_known_args()
+    sides = list(dict.fromkeys([_FIRST, *filter(None, flags.against.split(","))]))
+    unknown = [side for side in sides if side not in SIDES]
+    if unknown:
+        parser.error(f"--against={','.join(unknown)}; allowed: {', '.join(SIDES)}")
+    config = without_dropout(load_config(flags.config, parse_overrides(rest, [])), flags.vocab_size)
     if not config.model.vocab_size:
-        if flags.vocab_size < 1:
-            parser.error(
-                f"{flags.config} leaves the vocabulary to the tokenizer: give --vocab_size, such as 65 for chars"
-            )
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=flags.vocab_size))
-    result = measure(config, flags.rounds, flags.seconds)
-    for name, value in result.items():
-        shown = f"{value['median']:,} ({value['min']:,} to {value['max']:,})" if isinstance(value, dict) else value
-        print(f"{name:<22} {shown}")
-    print(json.dumps({"benchmark": "train", "config": flags.config, **result}))
+        parser.error(f"{flags.config} leaves the vocabulary to the tokenizer: give --vocab_size, such as 65 for chars")
+    jax.config.update("jax_platforms", "cpu")
+    with tempfile.TemporaryDirectory() as cache:
+        result = measure(
+            config,
+            sides,
+            rounds=flags.rounds,
+            seconds=flags.seconds,
+            threads=flags.threads,
+            cache=pathlib.Path(cache),
+        )
+    print_columns(pathlib.Path(flags.config).stem, result["sides"])
+    print_json("train", config=flags.config, overrides=rest, **result)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,17 @@ class ModelConfig(_Section):
         choices=("auto", "xla", "cudnn", "splash"),
     )
     remat: str = _key(
-        "none",
-        "what the backward pass recomputes: nothing, all but matrix products, each block",
-        choices=("none", "dots", "full"),
+        "auto",
+        "what the backward pass recomputes: nothing, all but matrix products, each block; auto: as little as lets the "
+        "compiled step fit the device's memory",
+        choices=("auto", "none", "dots", "full"),
     )
-    scan_unroll: int = _key(1, "blocks per iteration of the scan over layers", low=1)
+    scan_unroll: int = _key(
+        0,
+        "blocks per iteration of the scan over layers; from n_layer on no scan: one block after another; 0: no scan on "
+        "a CPU with fewer than 24 layers, else 1",
+        low=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,10 +159,15 @@ class DataConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(_Section):
-    """AdamW and its learning rate, under Optax's names."""
+    """AdamW or Muon and the learning rate, under Optax's names."""
 
     section = "optimizer."
 
+    name: str = _key(
+        "adamw",
+        "AdamW for all parameters, or Muon for the kernels of the layers and AdamW for the others",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = _key(6e-4, "peak of the learning rate, whatever the schedule", low=0)
     schedule: str = _key(
         "cosine",
@@ -168,6 +179,9 @@ class OptimizerConfig(_Section):
     end_fraction: float = _key(0.1, "rate at the last step, as a share of the peak", low=0, high=1)
     b1: float = _key(0.9, "decay of Adam's first moment", low=0, below=1)
     b2: float = _key(0.95, "decay of Adam's second moment", low=0, below=1)
+    mu_dtype: str = _key(
+        "float32", "type in which Adam's first moment, or Muon's, is kept", choices=("float32", "bfloat16")
+    )
     eps: float = _key(1e-8, "added to the root of Adam's second moment", low=0)
     weight_decay: float = _key(0.1, "decoupled decay of matrices and embeddings; never of biases and norms", low=0)
     clip_norm: float = _key(1.0, "largest global gradient norm; 0: no clipping", low=0)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from gpt2_jax.cli.compile_cache_flag import add_compile_cache_flag, compile_cache_folder
 from gpt2_jax.cli.guard import guarded
+from gpt2_jax.cli.malloc import add_malloc_flag, keep_memory
 from gpt2_jax.cli.overrides import parse_overrides
 from gpt2_jax.cli.quiet_logs import quiet_logs
 from gpt2_jax.config_file import describe, load_config
@@ -21,10 +22,10 @@ _INTERRUPTED = "interrupted; the same command resumes from the last saved step"
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns the exit code: 0 done, 2 config, 3 data, 4 diverged, 75 preempted, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return guarded("train.py", lambda: _train(arguments), _INTERRUPTED)
+    return guarded("train.py", lambda: _train(arguments, in_own_process=argv is None), _INTERRUPTED)
 
 
-def _train(argv: list[str]) -> int:
+def _train(argv: list[str], *, in_own_process: bool) -> int:
     flags, overrides = _parse(argv)
     if not flags.config and not flags.print_config:
         raise UsageError("--config=FILE is needed, such as --config=configs/quickstart.py; see --help")
@@ -33,6 +34,8 @@ def _train(argv: list[str]) -> int:
         print(describe(config))
         return 0
     allow_change = allowed_names(flags.allow_change)
+    # Before JAX is there; a program that calls this keeps its allocator.
+    malloc = keep_memory(flags.malloc) if in_own_process else "system"
     quiet_logs()
     # Only now, when the flags are known to be right: it takes seconds.
     from gpt2_jax.run.hosts import HostOptions, end_process
@@ -61,6 +64,7 @@ def _train(argv: list[str]) -> int:
             distributed=not flags.no_distributed,
         ),
         allow_change=allow_change,
+        malloc=malloc,
         rewind=None if flags.rewind_to is None else Rewind(flags.rewind_to, flags.skip_batches),
     )
 
@@ -107,6 +111,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
         "--skip_batches", type=_at_least(1), metavar="N", help="and leave out the N batches that came next"
     )
     add_compile_cache_flag(parser)
+    add_malloc_flag(parser)
     _add_host_flags(parser)
     flags, rest = parser.parse_known_args(argv)
     _check_host_flags(flags)

@@ -14,8 +14,21 @@ from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.attention_kernels import KERNELS
 from gpt2_jax.model.heads import padded_heads
 from gpt2_jax.model.kv_cache import LayerCache
-from gpt2_jax.model.layers import Projection
+from gpt2_jax.model.layers import Projection, dropout
 from gpt2_jax.sharding import constrain
+
+
+@jax.custom_jvp
+def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """Softmax over the last axis, zero where not `visible`; its gradient needs nothing but the result."""
+    # By replacement: adding a large negative number would round in bfloat16.
+    return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    weights, change = masked_softmax(*primals), tangents[0]
+    return weights, weights * (change - (weights * change).sum(axis=-1, keepdims=True))
 
 
 def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array, visible_BTS: jax.Array) -> jax.Array:
@@ -28,9 +41,7 @@ def attention_weights(q_BTHK: jax.Array, k_BSHK: jax.Array, visible_BTS: jax.Arr
     else:
         scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=exact)
     scores_BHTS = scores_BHTS / math.sqrt(q_BTHK.shape[-1])
-    # Masked in float32 by replacement: adding a large negative number would round in bfloat16.
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS, jnp.finfo(exact).min)
-    return jax.nn.softmax(scores_BHTS, axis=-1)
+    return masked_softmax(scores_BHTS, visible_BTS[:, None])
 
 
 class CausalSelfAttention(nn.Module):
@@ -45,7 +56,7 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, deterministic: bool, cache: LayerCache | None = None
+        self, x_BTD: jax.Array, dropout_key: jax.Array | None, cache: LayerCache | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         B, T, D = x_BTD.shape
@@ -69,8 +80,9 @@ class CausalSelfAttention(nn.Module):
                 k_BSHK, v_BSHK, visible_BTS = cache.k_BSHK, cache.v_BSHK, cache.visible_BTS
             weights_BHTS = attention_weights(q_BTHK, k_BSHK, visible_BTS)
             # Masks are drawn for the real heads, as without padding.
-            weights_BHTS = nn.Dropout(config.attn_pdrop)(weights_BHTS[:, : config.n_head], deterministic=deterministic)
-            weights_BHTS = jnp.pad(weights_BHTS, ((0, 0), (0, H - config.n_head), (0, 0), (0, 0)))
+            weights_BHTS = dropout(weights_BHTS[:, : config.n_head], config.attn_pdrop, dropout_key)
+            if config.n_head < H:
+                weights_BHTS = jnp.pad(weights_BHTS, ((0, 0), (0, H - config.n_head), (0, 0), (0, 0)))
             # In this order: XLA on CPU would transpose all values for [B, T, H, K].
             out_BTHK = jnp.einsum("bhts,bshk->bhtk", weights_BHTS.astype(dtype), v_BSHK).swapaxes(1, 2)
         out_BTD = out_BTHK.reshape(B, T, H * K)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.attention_kernels import attention_saveable
 from gpt2_jax.model.block import Block
-from gpt2_jax.model.layers import LayerNorm, as_rows, parameter
+from gpt2_jax.model.layers import LayerNorm, as_rows, dropout, parameter
 from gpt2_jax.sharding import constrain, relayout, sequence_axis
 
 Params = dict[str, Any]
@@ -42,17 +42,20 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-def logits_from_hidden(x: jax.Array, wte_VD: jax.Array, vocab_size: int) -> jax.Array:
+def logits_from_hidden(x: jax.Array, wte_VD: jax.Array, vocab_size: int, *, rounded: bool = False) -> jax.Array:
     """Scores `[..., V']` of the tied output head, in float32 or wider; those of padding rows are -inf.
 
     Args:
       x: final hidden states `[..., D]`, in the type of the matrix product.
       wte_VD: token table with its padding rows.
       vocab_size: rows that are tokens.
+      rounded: leave them in the type of `x`. Of 16 bits, they and their gradient take half the memory and its time.
     """
-    exact = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("...d,vd->...v", x, wte_VD.astype(x.dtype), preferred_element_type=exact)
-    real_V = jnp.arange(wte_VD.shape[0]) < vocab_size
+    dtype = x.dtype if rounded else jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", x, wte_VD.astype(x.dtype), preferred_element_type=dtype)
+    if vocab_size == len(wte_VD):
+        return logits
+    real_V = jnp.arange(len(wte_VD)) < vocab_size
     return jnp.where(jnp.expand_dims(real_V, range(x.ndim - 1)), logits, -jnp.inf)
 
 
@@ -89,20 +92,16 @@ class GPT2(nn.Module):
         # Half the spread of the tokens, as OpenAI's code has it.
         wpe_std = config.initializer_range / 2
         self.wpe = _Table(config.n_positions, config.n_positions, config.n_embd, wpe_std, ("positions", "embed"))
-        block = Block
-        if config.remat != "none":
-            block = nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False, static_argnums=(2,))
         self.h = nn.scan(
-            block,
+            self._block(),
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            split_rngs={"params": True},
+            in_axes=0,
             length=config.n_layer,
-            unroll=min(config.scan_unroll, config.n_layer),
+            unroll=min(max(1, config.scan_unroll), config.n_layer),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
         self.ln_f = LayerNorm(config.layer_norm_epsilon, jnp.dtype(config.dtype), config.bias)
-        self.dropout = nn.Dropout(config.embd_pdrop)
 
     def embed(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, token_rows_BTD: jax.Array | None = None
@@ -131,9 +130,31 @@ class GPT2(nn.Module):
     ) -> jax.Array:
         """Final hidden states `[B, T, D]` of token ids; `deterministic=False` wants a "dropout" key. See `embed`."""
         x_BTD = self.embed(tokens_BT, jnp.arange(tokens_BT.shape[1])[None], token_rows_BTD)
-        x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-        x_BTD, _ = self.h(x_BTD, deterministic)
-        return self.normalize(x_BTD)
+        first_key, keys_L = None, None
+        if not deterministic:
+            first_key, *rest = jax.random.split(self.make_rng("dropout"), 1 + self.config.n_layer)
+            keys_L = jnp.stack(rest)
+        x_BTD = dropout(x_BTD, self.config.embd_pdrop, first_key)
+        return self.normalize(self._through_layers(x_BTD, keys_L))
+
+    def _block(self) -> type[Block]:
+        config = self.config
+        if config.remat not in _REMAT_POLICIES:
+            return Block
+        return nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+
+    def _through_layers(self, x_BTD: jax.Array, keys_L: jax.Array | None) -> jax.Array:
+        L = self.config.n_layer
+        if self.is_initializing() or self.config.scan_unroll < L:
+            x_BTD, _ = self.h(x_BTD, keys_L)
+            return x_BTD
+        # One after another, each with arrays of its own: `split`, unlike a slice, is cheap to differentiate.
+        leaves, structure = jax.tree.flatten(self.variables["params"]["h"])
+        block = self._block()(self.config, parent=None)
+        for layer, parts in enumerate(zip(*(jax.lax.split(leaf, (1,) * L) for leaf in leaves), strict=True)):
+            params = jax.tree.unflatten(structure, [part[0] for part in parts])
+            x_BTD, _ = block.apply({"params": params}, x_BTD, None if keys_L is None else keys_L[layer])
+        return x_BTD
 
     def __call__(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Logits `[B, T, V]` in float32 (float64 if that is the dtype) of the token that follows each position.

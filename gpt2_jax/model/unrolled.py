@@ -79,7 +79,7 @@ def extend(
     for layer, old_keys, old_values in zip(weights["h"], cache.keys_L, cache.values_L, strict=True):
         layer = _with_c_attn_shape(layer, (config.n_embd, 3, config.n_embd))
         layer_cache = LayerCache(old_keys, old_values, cache.used, visible_BTS)
-        read: Any = Block(config).apply({"params": layer}, x_BTD, True, layer_cache)
+        read: Any = Block(config).apply({"params": layer}, x_BTD, None, layer_cache)
         x_BTD, layer_cache = read
         keys.append(layer_cache.keys)
         values.append(layer_cache.values)

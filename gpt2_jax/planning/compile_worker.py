@@ -12,8 +12,7 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gpt2_jax.atomic_file import write_text_atomically
 from gpt2_jax.config import RunConfig
@@ -23,10 +22,9 @@ from gpt2_jax.model.gpt2 import padded_vocab_size
 from gpt2_jax.planning.collectives import Total, axes_of, read_collectives, totals
 from gpt2_jax.planning.decode_program import lower_decode
 from gpt2_jax.planning.topology import devices, parse_topologies
-from gpt2_jax.run.step_settings import make_settings, with_attention
-from gpt2_jax.sharding import batch_sharding, check_divisible, make_mesh, use_mesh
-from gpt2_jax.training.steps import train_step
-from gpt2_jax.training.train_state import abstract_state
+from gpt2_jax.run.fit_memory import lower_train_step
+from gpt2_jax.run.step_settings import for_device
+from gpt2_jax.sharding import check_divisible, make_mesh
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # The two ways in which the compiler says by how much a program does not fit.
@@ -68,20 +66,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 def lower_train(config: RunConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The real train step over `mesh`, lowered from shapes alone. Raises UsageError where the mesh cannot split it."""
     check_divisible(config, mesh, padded_vocab_size(config.model.vocab_size))
-    config, _ = with_attention(config, mesh.devices.flat[0])
-    settings = make_settings(config, mesh)
-    state = abstract_state(settings.model, settings.optimizer, mesh, ema=settings.ema_decay > 0)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    state = jax.tree.map(
-        lambda leaf: leaf if leaf.shape else jax.ShapeDtypeStruct((), leaf.dtype, sharding=replicated), state
-    )
-    shape = (config.train.batch_size, config.context_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-        for name, dtype in (("tokens", jnp.int32), ("targets", jnp.int32), ("weights", jnp.float32))
-    }
-    with use_mesh(mesh):
-        return train_step.lower(state, batch, settings=settings)
+    config, _ = for_device(config, mesh.devices.flat[0])
+    return lower_train_step(config, mesh)
 
 
 def _memory(analysis: Any) -> dict[str, int]:

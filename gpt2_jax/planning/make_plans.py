@@ -7,9 +7,10 @@ from gpt2_jax.config import RunConfig
 from gpt2_jax.errors import UsageError
 from gpt2_jax.planning.chips import Machine, make_machine
 from gpt2_jax.planning.compile import compile_program
-from gpt2_jax.planning.plan import Plan, make_plan
-from gpt2_jax.planning.search import estimated_best, search
+from gpt2_jax.planning.plan import Plan, make_plan, with_each_remat
+from gpt2_jax.planning.search import SLACK, estimated_best, search
 from gpt2_jax.planning.topology import require_libtpu
+from gpt2_jax.run.fit_memory import REMAT
 
 SHOWN = 3  # plans that a search shows
 
@@ -54,8 +55,9 @@ def make_plans(
       UsageError: config and machine do not fit each other; told before anything is compiled.
     """
     if not searches:
+        # Estimates of all first: what cannot be is told before anything is compiled.
         estimates = [make_plan(config, machine, prices.get(machine.chip.name)) for machine in machines]
-        return [_compiled(plan, analytic, decode_rows, tell) for plan in estimates]
+        return [_fitting(config, plan, analytic, decode_rows, tell) for plan in estimates]
     plans = []
     for machine in machines:
         price = prices.get(machine.chip.name)
@@ -69,6 +71,22 @@ def make_plans(
             tell(f"{machine.name}: by the estimate nothing fits, whatever the mesh")
         plans += found[:SHOWN]
     return plans
+
+
+def _fitting(config: RunConfig, estimate: Plan, analytic: bool, decode_rows: int, tell: Callable[[str], None]) -> Plan:
+    """The plan as the compiler finds it; where the config leaves the remat policy open, the first that fits."""
+    plan, candidates = estimate, with_each_remat(config)
+    for candidate in candidates:
+        guess = make_plan(candidate, estimate.machine, estimate.price)
+        if (
+            len(candidates) == 1
+            or candidate.model.remat == REMAT[-1]
+            or guess.memory.peak <= SLACK * guess.memory.limit
+        ):
+            plan = _compiled(guess, analytic, decode_rows, tell)
+            if plan.fits:
+                break
+    return plan
 
 
 def _compiled(plan: Plan, analytic: bool, decode_rows: int, tell: Callable[[str], None]) -> Plan:

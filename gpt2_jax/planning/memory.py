@@ -91,13 +91,14 @@ def estimated_temporaries(config: RunConfig, sizes: Mapping[str, int], loss_chun
     width = jnp.dtype(model.dtype).itemsize
     stream = D * width / tensor  # the residual stream is split along the context
     projections = (3 * D + D + 4 * D) * width / tensor + stream
-    scores = 0 if is_fused(model) else heads * T
+    scores = 0 if is_fused(model) else heads * T * (4 + (width if width < 4 else 0))
     kept = {
         "full": stream,
         "dots": stream + projections,
-        "none": stream + projections + scores * (4 + 2 * width) + 2 * 4 * D / tensor + 2 * 4 * D * width / tensor,
+        # and what goes into the projections: of both norms, of attention, of GELU
+        "none": stream + projections + scores + (2 * D + D + 4 * D) * width / tensor,
     }[model.remat]
-    at_work = 1.5 * scores * (4 + width) + 2 * projections + 4 * 4 * D / tensor
+    at_work = 3 * scores + 2 * projections + 4 * 4 * D / tensor
     vocab_rows = padded_vocab_size(model.vocab_size) // tensor
     logits = (loss_chunk or T) * (tokens // T) * vocab_rows * 4 * 2
     layer_parameters = 12 * D * D

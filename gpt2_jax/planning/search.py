@@ -7,8 +7,8 @@ from gpt2_jax.config import MeshConfig, RunConfig
 from gpt2_jax.errors import UsageError
 from gpt2_jax.planning.chips import Machine
 from gpt2_jax.planning.plan import Plan, make_plan
+from gpt2_jax.run.fit_memory import REMAT
 
-REMAT = ("none", "dots", "full")
 # Tensor parallelism beyond this leaves products too narrow for the matrix unit in all sizes of GPT-2.
 MOST_TENSOR = 16
 # A candidate is worth compiling even if the estimate is this much over the memory: it is good to about a third.

@@ -24,6 +24,7 @@ _FREE_SECTIONS = ("checkpoint.", "mesh.")
 
 _SHAPES = ("model.n_layer", "model.n_embd", "model.n_positions", "model.vocab_size", "model.bias")
 _MEANING = ("model.n_head", "model.activation")
+_MOMENTS = ("optimizer.name", "optimizer.mu_dtype")
 _IDS = ("tokenizer.name", "tokenizer.normalization", "tokenizer.lowercase")
 
 
@@ -99,6 +100,8 @@ def _why_fixed(change: Change) -> str:
         return "it decides the shapes of what is saved"
     if change.key in _MEANING:
         return "the saved weights would compute something else"
+    if change.key in _MOMENTS:
+        return "the saved state of the optimizer is of another kind"
     if change.key == "optimizer.ema_decay" and not (change.before and change.after):
         return "the saves hold a moving average, or none"
     if change.key == "optimizer.clip_norm" and not (change.before and change.after):

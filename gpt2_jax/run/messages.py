@@ -19,12 +19,25 @@ def summary(
     store: TokenStore,
     batches: TrainBatches,
     mesh: Mesh,
-    attention: str,
+    choices: str,
+    malloc: str,
     flags: list[str],
     folder: pathlib.Path,
     start: int,
 ) -> str:
-    """Data, model, training and devices, a line each; `start` is the step that is gone on from."""
+    """Data, model, training and devices, a line each.
+
+    Args:
+      config: of the run.
+      store: its tokens.
+      batches: its training batches.
+      mesh: its devices.
+      choices: what was chosen for them.
+      malloc: what was done about the allocator.
+      flags: of the compiler.
+      folder: of the run.
+      start: the step that is gone on from.
+    """
     device = mesh.local_devices[0]
     steps, batch_size = config.train.steps, config.train.batch_size
     epochs = steps * batch_size / batches.num_windows
@@ -39,7 +52,8 @@ def summary(
             f"model     {parameter_count(config.model):,} parameters, {config.model.dtype}",
             f"training  {steps:,} steps of {batch_size * config.context_length:,} tokens, {epochs:.3g} epochs",
             f"devices   {device.device_kind}, mesh {axes}",
-            f"compiler  attention {attention}; flags: {'; '.join(flags) or 'none'}",
+            f"compiler  {choices}; flags: {'; '.join(flags) or 'none'}",
+            *([f"malloc    {malloc}"] if device.platform == "cpu" else []),
         ]
     )
 

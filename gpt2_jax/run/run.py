@@ -26,6 +26,7 @@ from gpt2_jax.run.checkpoint import Checkpoints
 from gpt2_jax.run.compile_cache import set_compile_cache
 from gpt2_jax.run.diagnosis import Diagnosis
 from gpt2_jax.run.first_state import first_state
+from gpt2_jax.run.fit_memory import memory_limit, with_memory_fitted
 from gpt2_jax.run.folders import RunFolders, run_folders
 from gpt2_jax.run.hosts import HostOptions, Hosts, code_version, joined
 from gpt2_jax.run.leaving import leaving, sigterm_raises
@@ -38,7 +39,7 @@ from gpt2_jax.run.progress import Progress
 from gpt2_jax.run.rewind import Rewind, move_later_saves
 from gpt2_jax.run.run_folder import write_run
 from gpt2_jax.run.saved_metrics import mend_metrics
-from gpt2_jax.run.step_settings import make_settings, with_attention
+from gpt2_jax.run.step_settings import for_device, make_settings
 from gpt2_jax.run.step_watch import StepWatch
 from gpt2_jax.run.watchdog import LONG, Watchdog
 from gpt2_jax.run.xla_flags import set_compiler_flags
@@ -65,6 +66,7 @@ class RunOptions:
       hosts: how the processes of the run find one another.
       allow_change: what a resumed run may change; see `changes.allowed_names`.
       rewind: go back to a saved step, and leave out the batches that came next.
+      malloc: what was done about the allocator, for the log.
     """
 
     workdir: str
@@ -79,6 +81,7 @@ class RunOptions:
     hosts: HostOptions = dataclasses.field(default_factory=HostOptions)
     allow_change: frozenset[str] = frozenset()
     rewind: Rewind | None = None
+    malloc: str = "system"
 
 
 def run(config: RunConfig, options: RunOptions) -> None:
@@ -113,7 +116,9 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     config, store, tokenizer = agreed.config, agreed.store, agreed.store.tokenizer
 
     with hosts.together():
-        as_run, attention = with_attention(config, mesh.devices.flat[0])
+        as_run, choices = for_device(config, mesh.devices.flat[0])
+    limit = min(map(int, hosts.gather(str(memory_limit(mesh.local_devices[0])))))
+    as_run, fitted = with_memory_fitted(as_run, mesh, limit)
     settings = make_settings(as_run, mesh)
     steps = config.train.steps
     with contextlib.ExitStack() as stack:
@@ -151,7 +156,11 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
         stack.callback(progress.close)
         if options.profile is not None and options.profile[1] <= start:
             progress.say(f"--profile: its steps were done before; the run goes on after step {start}")
-        progress.say(summary(config, store, agreed.train_batches, mesh, attention, flags, folder, start))
+        progress.say(
+            summary(
+                config, store, agreed.train_batches, mesh, f"{choices}; {fitted}", options.malloc, flags, folder, start
+            )
+        )
         for line in agreed.notes():
             progress.say(line)
 

@@ -17,7 +17,8 @@ from gpt2_jax.model.token_table import look_up, table_per_share
 from gpt2_jax.sharding import constrain
 from gpt2_jax.training.loss import cross_entropy_sums
 from gpt2_jax.training.loss_scale import adjust
-from gpt2_jax.training.optimizer import updates_done
+from gpt2_jax.training.optimizer import global_norm, updates_done
+from gpt2_jax.training.skippable import skippable
 from gpt2_jax.training.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -51,9 +52,15 @@ class StepSettings:
 
 
 def loss_sums(
-    model: GPT2, params: Params, batch: Batch, *, loss_chunk: int = 0, dropout_key: jax.Array | None = None
+    model: GPT2,
+    params: Params,
+    batch: Batch,
+    *,
+    loss_chunk: int = 0,
+    rounded: bool = False,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed loss in nats and summed weight of a batch; no dropout without a key."""
+    """Summed loss in nats and summed weight of a batch; no dropout without a key. See `cross_entropy_sums`."""
     wte_SVD = table_per_share(params["wte"]["embedding"])
     x_BTD: Any = model.apply(
         {"params": params},
@@ -70,6 +77,7 @@ def loss_sums(
         batch["weights"],
         vocab_size=model.config.vocab_size,
         chunk=loss_chunk,
+        rounded=rounded,
     )
 
 
@@ -92,7 +100,7 @@ def gradients(
     factor = scale / jnp.maximum(weight_sum, 1e-8)
 
     def part(params: Params, microbatch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        loss_sum, _ = loss_sums(model, params, microbatch, loss_chunk=loss_chunk, dropout_key=key)
+        loss_sum, _ = loss_sums(model, params, microbatch, loss_chunk=loss_chunk, rounded=True, dropout_key=key)
         return loss_sum * factor, loss_sum
 
     differentiate = jax.grad(part, has_aux=True)
@@ -130,7 +138,7 @@ def step_gradients(state: TrainState, batch: Batch, settings: StepSettings) -> t
     )
     if scale is not None:
         grads = jax.tree.map(lambda grad: grad / scale, grads)
-    return grads, metrics | {"grad_norm": optax.tree.norm(grads)}
+    return grads, metrics | {"grad_norm": global_norm(grads)}
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="state")
@@ -158,14 +166,15 @@ def train_step(state: TrainState, batch: Batch, *, settings: StepSettings) -> tu
     stopped = nonfinite_steps > settings.max_skipped
     applied = finite & ~stopped
 
-    updates, opt_state = settings.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    optimizer = skippable(settings.optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, applied=applied)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
     if ema is not None:
-        ema = optax.incremental_update(params, ema, 1 - settings.ema_decay)
-    new = state.replace(params=params, opt_state=opt_state, ema=ema)
-    new = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new, state)
-    new = new.replace(step=state.step + ~stopped, nonfinite_steps=nonfinite_steps)
+        average = optax.incremental_update(params, ema, 1 - settings.ema_decay)
+        ema = jax.tree.map(lambda after, before: jnp.where(applied, after, before), average, ema)
+    new = state.replace(
+        step=state.step + ~stopped, params=params, opt_state=opt_state, ema=ema, nonfinite_steps=nonfinite_steps
+    )
     if state.loss_scale is not None:
         adjusted = adjust(state.loss_scale, finite)
         new = new.replace(

@@ -27,6 +27,7 @@ OTHER = {
     "optimizer": {
         **{"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 7, "decay_steps": 5, "end_fraction": 0.5},
         **{"b1": 0.8, "b2": 0.8, "eps": 1e-6, "weight_decay": 0.2, "clip_norm": 2.0, "ema_decay": 0.5},
+        **{"name": "muon", "mu_dtype": "bfloat16"},
     },
     "train": {
         **{"steps": 2000, "batch_size": 64, "context_length": 512, "context_lengths": [256], "microbatches": 2},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -212,3 +213,45 @@ def test_every_rate_equals_hand_arithmetic(schedule: str, warmup: int) -> None:
 def test_warmup_may_fill_the_whole_run() -> None:
     for schedule in ("cosine", "linear", "constant", "inverse_sqrt"):
         assert rates(configured(schedule, warmup_steps=4), 4) == pytest.approx([0.25, 0.5, 0.75, 1.0], rel=1e-6)
+
+
+# Muon
+
+
+def orthogonalised(matrix: np.ndarray) -> np.ndarray:
+    """Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan (2024)."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def matrices(name: str, stacked: np.ndarray) -> list[np.ndarray]:
+    """Views of the matrices in a stack of kernels; queries, keys and values are three."""
+    layers = list(stacked)
+    return [layer[:, third] for layer in layers for third in range(3)] if "c_attn" in name else layers
+
+
+def test_muon_equals_hand_arithmetic() -> None:
+    """Of each kernel, per layer and third, Muon by hand; all else moves as under AdamW."""
+    config = dataclasses.replace(CONFIG, name="muon", clip_norm=0.0, schedule="constant", warmup_steps=0)
+    gradients = [random_gradients(seed, 0.1) for seed in range(3)]
+    actual, start = run(config, gradients), numpy_gpt2.leaves(small_params())
+    adamw = run(dataclasses.replace(config, name="adamw"), gradients)
+    for name, before in start.items():
+        if not name.endswith("kernel"):
+            np.testing.assert_array_equal(actual[name], adamw[name])
+            continue
+        expected = np.array(before, np.float64)
+        moment = np.zeros_like(expected)
+        for count, grads in enumerate(gradients, 1):
+            grad = numpy_gpt2.leaves(grads)[name]
+            moment = 0.95 * moment + 0.05 * grad
+            nesterov = 0.95 * moment / (1 - 0.95 ** (count + 1)) + 0.05 * grad / (1 - 0.95**count)
+            update = np.empty_like(nesterov)
+            for part, one in zip(matrices(name, update), matrices(name, nesterov), strict=True):
+                part[...] = orthogonalised(one) * 0.2 * math.sqrt(max(one.shape))
+            expected -= config.learning_rate * (update + config.weight_decay * expected)
+        np.testing.assert_allclose(actual[name], expected, rtol=0, atol=2e-5 * config.learning_rate)
