@@ -143,7 +143,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     keep_to_cores(task["threads"])
     side = SIDES[task["side"]]
     config = side.config(run_config(task["config"]))
-    with np.load(task["weights"]) as file:
+    with np.load(task["weights"], allow_pickle=False) as file:
         weights = dict(file)
     for module in (
         ["benchmarks.torch_gpt2"] if side.torch else ["gpt2_jax.run.step_settings", "gpt2_jax.exchange.names"]

@@ -1,0 +1,110 @@
+"""How long from the start of the process to the loss at which nanoGPT's settings end on torch?
+
+    python -m benchmarks.time_to_loss --text=input.txt
+
+Tiny Shakespeare by characters on a CPU. Theirs is `benchmarks.torch_shakespeare`: the time is from the start of the
+process to the end of its 2,000 steps, its loss that over the whole held-out tail. Ours is `train.py` with
+configs/shakespeare_char_cpu.py, a warm cache of compiled programs and prepared tokens, as after a first run: a run
+that evaluates often tells after which step the loss over the whole tail is theirs; another one, which does not evaluate
+until then, how long it takes to come to that step. By turns; medians and ranges over the seeds. Prints a table and a
+JSON line.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks.report import print_columns, print_json, spread
+
+_EVERY = 50  # steps between evaluations
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+def their_run(text: str, seed: int) -> tuple[float, float]:
+    """Seconds to the end of training, and the loss."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.torch_shakespeare", text, str(seed)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        seconds = time.perf_counter() - began
+        loss = float(process.stdout.readline().split()[1])
+    return seconds, loss
+
+
+def our_command(text: str, seed: int, folder: pathlib.Path, *flags: str) -> list[str]:
+    """`train.py` on the preset."""
+    return [
+        *(sys.executable, str(_ROOT / "train.py"), f"--config={_ROOT / 'configs' / 'shakespeare_char_cpu.py'}"),
+        *(f"--config.data.source=text:{text}", f"--workdir={folder}", f"--config.seed={seed}", *flags),
+    ]
+
+
+def our_losses(text: str, seed: int, folder: pathlib.Path) -> dict[int, float]:
+    """The loss over the whole tail, by step."""
+    command = our_command(text, seed, folder, f"--config.train.eval_every={_EVERY}")
+    subprocess.run(command, check=True, capture_output=True)
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["held_out_loss"] for line in lines if "held_out_loss" in line}
+
+
+def our_seconds(text: str, seed: int, folder: pathlib.Path, step: int) -> float:
+    """From the start of the process until the metrics of `step` are written, without an evaluation before."""
+    flags = ("--config.train.eval_every=0", f"--config.train.log_every={_EVERY}", "--config.checkpoint.every=100000")
+    metrics, began = folder / "metrics.jsonl", time.perf_counter()
+    with subprocess.Popen(
+        our_command(text, seed, folder, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while not (metrics.is_file() and f'"step": {step},' in metrics.read_text()):
+            if process.poll() is not None:
+                raise SystemExit(f"train.py ended with {process.returncode} before step {step}")
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        process.terminate()
+    return seconds
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="Tiny Shakespeare, input.txt")
+    parser.add_argument("--seeds", type=int, default=3)
+    flags = parser.parse_args()
+    text = str(pathlib.Path(flags.text).resolve())
+    theirs: list[tuple[float, float]] = []
+    ours, steps, last = [], [], []
+    with tempfile.TemporaryDirectory() as base:
+        for seed in range(flags.seeds):
+            theirs.append(their_run(text, seed))
+            losses = our_losses(text, seed, pathlib.Path(base, f"often-{seed}"))
+            reached = [step for step, loss in losses.items() if loss <= theirs[-1][1]]
+            if not reached:
+                raise SystemExit(f"seed {seed}: ours ends at {min(losses.values()):.4f}, theirs at {theirs[-1][1]:.4f}")
+            steps.append(min(reached))
+            last.append(losses[max(losses)])
+            ours.append(our_seconds(text, seed, pathlib.Path(base, f"once-{seed}"), steps[-1]))
+    columns = {
+        "torch": {
+            "seconds": spread([seconds for seconds, _ in theirs], 1),
+            "steps": spread([2000.0], 0),
+            "last_loss": spread([loss for _, loss in theirs], 4),
+        },
+        "gpt2_jax": {
+            "seconds": spread(ours, 1),
+            "steps": spread(steps, 0),
+            "last_loss": spread(last, 4),
+            "mean_last_loss": round(statistics.mean(last), 4),
+            "times_as_fast": spread([t / o for (t, _), o in zip(theirs, ours, strict=True)], 2),
+        },
+    }
+    print_columns("time to loss", columns)
+    print_json("time_to_loss", **columns)
+
+
+if __name__ == "__main__":
+    main()
