@@ -36,7 +36,8 @@ SIZES = {
     "toy": (2, 2, 64, 64, 300, 2),
 }
 _BLOCK_BY_BLOCK = 36  # layers
-_TRAIN_SECONDS, _WARM_UP = 6.0, 5
+_TRAIN_SECONDS = {"gpu": 6.0, "cpu": 0.5}
+_WARM_UP = 5  # steps
 
 
 def config_of(size: str, platform: str) -> RunConfig:
@@ -67,7 +68,7 @@ def tokens_of(config: RunConfig) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
 
 
-def timed_steps(step: Any, wait: Any) -> dict[str, float]:
+def timed_steps(step: Any, wait: Any, seconds: float) -> dict[str, float]:
     """Seconds of the first step, and the median of windows of later ones; `wait` gives the last loss."""
     began = time.perf_counter()
     step()
@@ -79,7 +80,7 @@ def timed_steps(step: Any, wait: Any) -> dict[str, float]:
     began = time.perf_counter()
     step()
     wait()
-    in_window = max(1, round(_TRAIN_SECONDS / 5 / (time.perf_counter() - began)))
+    in_window = max(1, round(seconds / 5 / (time.perf_counter() - began)))
     windows = []
     for _ in range(5):
         began = time.perf_counter()
@@ -134,7 +135,9 @@ def our_side(size: str, platform: str) -> dict[str, Any]:
             state, metrics = train_step(state, placed, settings=settings)
 
         figures: dict[str, Any] = timed_steps(
-            step, lambda: float(metrics["loss_sum"]) / float(jax.block_until_ready(metrics["weight_sum"]))
+            step,
+            lambda: float(metrics["loss_sum"]) / float(jax.block_until_ready(metrics["weight_sum"])),
+            _TRAIN_SECONDS[platform],
         )
     stats = device.memory_stats() or {}
     figures |= {
@@ -185,7 +188,7 @@ def their_side(size: str, platform: str) -> dict[str, Any]:
     def step() -> None:
         losses[:] = [trainer.step(tokens_BT[:, :-1], tokens_BT[:, 1:])]
 
-    figures: dict[str, Any] = timed_steps(step, lambda: float(losses[0]))
+    figures: dict[str, Any] = timed_steps(step, lambda: float(losses[0]), _TRAIN_SECONDS[platform])
     if platform == "gpu":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     trainer.free()

@@ -145,7 +145,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     with np.load(task["weights"], allow_pickle=False) as file:
         weights = dict(file)
     if side.torch:  # what is imported is no part of the memory
-        import benchmarks.torch_gpt2
+        import benchmarks.torch_gpt2  # noqa: F401
     else:
         import gpt2_jax.exchange.names
         import gpt2_jax.run.step_settings  # noqa: F401
