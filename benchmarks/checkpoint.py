@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import statistics
 import tempfile
@@ -31,7 +30,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from benchmarks.report import spread
+from benchmarks.report import print_json, spread
 from gpt2_jax.config import CheckpointConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2_jax.config_file import load_config
 from gpt2_jax.run.checkpoint import Checkpoints
@@ -204,8 +203,7 @@ def main() -> None:
                     print(
                         f"{name:<12} {key:<22} {value['median']:,} ({value['min']:,} to {value['max']:,})", flush=True
                     )
-    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    print(json.dumps({"benchmark": "checkpoint", **results, **about}))
+    print_json("checkpoint", **results)
 
 
 if __name__ == "__main__":

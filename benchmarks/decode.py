@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ import jax
 import numpy as np
 
 from benchmarks.machine import BUSY_CORES, Bandwidth, OtherPrograms, keep_to_cores
-from benchmarks.report import spread
+from benchmarks.report import print_json, spread
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.decoding.batch import Batch, Limits
 from gpt2_jax.decoding.layout import Decoder, make_decoder
@@ -225,12 +224,12 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     shape = {name: getattr(flags, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")}
     config = ModelConfig(**shape, dtype="float32")
-    params, model, versions = random_params(config), None, {"jax": jax.__version__}
+    params, model = random_params(config), None
     decoder = make_decoder(config, params, config.vocab_size, dtype="float32")
     if flags.against == "transformers":
-        from benchmarks.transformers_gpt2 import VERSIONS, TransformersGPT2  # torch is optional
+        from benchmarks.transformers_gpt2 import TransformersGPT2  # torch is optional
 
-        model, versions = TransformersGPT2(config, params, flags.threads), versions | VERSIONS
+        model = TransformersGPT2(config, params, flags.threads)
     del params
 
     bandwidth, rng, results = Bandwidth(), np.random.default_rng(0), []
@@ -238,7 +237,7 @@ def main() -> None:
         prompts_BP = rng.integers(0, config.vocab_size, (rows, flags.prompt))
         results.append(measure(decoder, model, prompts_BP, flags.new, flags.rounds, bandwidth, flags.pause))
         print_table(results[-1])
-    print(json.dumps({"benchmark": "decode", **vars(flags), "versions": versions, "results": results}))
+    print_json("decode", **vars(flags), results=results)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,8 @@ import tempfile
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.report import spread
+from benchmarks.report import print_json, spread
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.exchange.bundle import Bundle
 from gpt2_jax.exchange.huggingface_write import write_huggingface
@@ -131,7 +130,7 @@ def main() -> None:
     }
     for name, value in rows.items():
         print(f"{name:32} {value['median']:8.3f}  ({value['min']:.3f} to {value['max']:.3f})")
-    print(json.dumps({"jax": jax.__version__, "numpy": np.__version__, **figures}))
+    print_json("load", **figures)
 
 
 if __name__ == "__main__":

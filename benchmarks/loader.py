@@ -7,14 +7,13 @@ table and a JSON line.
 """
 
 import argparse
-import json
 import pathlib
 import tempfile
 import time
 
 import numpy as np
 
-from benchmarks.report import spread
+from benchmarks.report import print_json, spread
 from gpt2_jax.data.batches import TrainBatches
 from gpt2_jax.data.prepare import prepare
 from gpt2_jax.data.windows import PackedWindows
@@ -48,7 +47,7 @@ def main() -> None:
     result = measure(flags.context_length, flags.batch_size, flags.rounds, flags.steps)
     rate = result["tokens_per_second"]
     print(f"tokens/s {rate['median']:,} ({rate['min']:,} to {rate['max']:,})")
-    print(json.dumps({"benchmark": "loader", **result}))
+    print_json("loader", **result)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from torch.nn import functional
 
 from gpt2_jax.config import ModelConfig, OptimizerConfig
 
-VERSIONS = {"torch": torch.__version__}
-
 
 class _Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:

@@ -38,7 +38,7 @@ from gpt2_jax.exchange.names import tensors_from_params
 from gpt2_jax.model.gpt2 import GPT2, init_params
 from gpt2_jax.run.hardware import flops_per_token
 
-_FIRST = "gpt2_jax"
+_FIRST, _SYSTEM = "gpt2_jax", "gpt2_jax-system-malloc"
 _AGREE = {"float32": 1e-3, "bfloat16": 5e-2}
 _RATE = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_steps=0)
 
@@ -87,12 +87,16 @@ def measure(
                 print(f"{number + 1} {side}: {done[side][-1]['step_seconds'] * 1e3:.1f} ms", file=sys.stderr)
     tokens = config.train.batch_size * config.context_length
     flops = tokens * flops_per_token(config.model, config.context_length)
-    return {
+    result = {
         "parameters_of": str(config.model),
         "tokens_per_step": tokens,
         "rounds": rounds,
         "sides": {side: _figures(side, done, tokens, flops) for side in sides},
     }
+    if {"torch", _SYSTEM} <= done.keys():
+        peaks = zip(done[_SYSTEM], done["torch"], strict=True)
+        result["system_malloc_memory_over_torch"] = spread([a["peak_bytes"] / b["peak_bytes"] for a, b in peaks], 2)
+    return result
 
 
 def _figures(side: str, done: dict[str, list[dict[str, Any]]], tokens: int, flops: float) -> dict[str, Any]:
@@ -116,7 +120,6 @@ def _figures(side: str, done: dict[str, list[dict[str, Any]]], tokens: int, flop
         figures["share_of_matmul_rate"] = spread(rates, 3)
     if side != _FIRST:
         figures["ours_times_as_fast"] = spread([b["step_seconds"] / a["step_seconds"] for a, b in pairs], 2)
-        figures["our_memory_over_its"] = spread([a["peak_bytes"] / b["peak_bytes"] for a, b in pairs], 2)
     return figures
 
 

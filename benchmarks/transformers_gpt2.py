@@ -10,8 +10,6 @@ import transformers
 from gpt2_jax.config import ModelConfig
 from gpt2_jax.model.gpt2 import Params
 
-VERSIONS = {"torch": torch.__version__, "transformers": transformers.__version__}
-
 
 class TransformersGPT2:
     """The same model there, float32, for greedy decoding with its key-value cache.

@@ -51,6 +51,8 @@ def keep_memory(wanted: str) -> str:
         return "keeps freed memory, in large pages; --malloc=system takes less memory and more time"
     if found:
         return f"{VARIABLE}={found} (from the environment)"
+    if not sys.executable:
+        return "system (Python does not know its own program)"
     os.environ[VARIABLE] = KEEP
     sys.stdout.flush()
     sys.stderr.flush()

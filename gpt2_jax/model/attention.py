@@ -20,7 +20,7 @@ from gpt2_jax.sharding import constrain
 
 @jax.custom_jvp
 def masked_softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
-    """Softmax over the last axis, zero where not `visible`; its gradient needs nothing but the result."""
+    """Softmax over the last axis, of what is `visible`; its gradient needs nothing but the result."""
     # By replacement: adding a large negative number would round in bfloat16.
     return jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(scores.dtype).min), axis=-1)
 

@@ -93,7 +93,7 @@ class GPT2(nn.Module):
         wpe_std = config.initializer_range / 2
         self.wpe = _Table(config.n_positions, config.n_positions, config.n_embd, wpe_std, ("positions", "embed"))
         self.h = nn.scan(
-            self._block(),
+            self._block(scanned=True),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=0,
@@ -137,11 +137,12 @@ class GPT2(nn.Module):
         x_BTD = dropout(x_BTD, self.config.embd_pdrop, first_key)
         return self.normalize(self._through_layers(x_BTD, keys_L))
 
-    def _block(self) -> type[Block]:
+    def _block(self, *, scanned: bool) -> type[Block]:
         config = self.config
         if config.remat not in _REMAT_POLICIES:
             return Block
-        return nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+        # In a scan, passes are programs of their own; else XLA would merge what is recomputed with what it repeats.
+        return nn.remat(Block, policy=_REMAT_POLICIES[config.remat], prevent_cse=not scanned)
 
     def _through_layers(self, x_BTD: jax.Array, keys_L: jax.Array | None) -> jax.Array:
         L = self.config.n_layer
@@ -150,7 +151,7 @@ class GPT2(nn.Module):
             return x_BTD
         # One after another, each with arrays of its own: `split`, unlike a slice, is cheap to differentiate.
         leaves, structure = jax.tree.flatten(self.variables["params"]["h"])
-        block = self._block()(self.config, parent=None)
+        block = self._block(scanned=False)(self.config, parent=None)
         for layer, parts in enumerate(zip(*(jax.lax.split(leaf, (1,) * L) for leaf in leaves), strict=True)):
             params = jax.tree.unflatten(structure, [part[0] for part in parts])
             x_BTD, _ = block.apply({"params": params}, x_BTD, None if keys_L is None else keys_L[layer])

@@ -1,0 +1,195 @@
+"""The table of bars in docs/numbers.md, from what the other benchmarks printed.
+
+    python -m benchmarks.train ... | tee -a figures.txt          # and the others
+    python -m benchmarks.bars docs/numbers.md figures.txt [figures-of-another-python.txt]
+
+Each file holds what one Python printed; of several runs of one benchmark the last counts. Between the two marks in the
+document the table is written anew; what was not measured is left empty.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+BEGIN, END = "<!-- bars: begin -->", "<!-- bars: end -->"
+Figures = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A figure, and what it must be.
+
+    Attributes:
+      name: what is measured.
+      benchmark: which one prints it, with the config's name for `train`.
+      figure: from its JSON line.
+      bar: at least (or at most).
+      strive: better still.
+      at_most: whether less is better.
+    """
+
+    name: str
+    benchmark: str
+    figure: Callable[[Figures], Any]
+    bar: float
+    strive: float
+    at_most: bool = False
+
+
+def _against(side: str, name: str = "ours_times_as_fast") -> Callable[[Figures], Any]:
+    return lambda found: found["sides"][side][name]
+
+
+def _inverse(value: dict[str, float]) -> dict[str, float]:
+    turned = {"median": 1 / value["median"], "min": 1 / value["max"], "max": 1 / value["min"]}
+    return {name: round(one, 3) for name, one in turned.items()}
+
+
+def _decoded(rows: int) -> Callable[[Figures], Any]:
+    return lambda found: next(
+        one["times_as_fast"]["tokens_per_second"] for one in found["results"] if one["batch_size"] == rows
+    )
+
+
+_CPU, _CHAR, _GPT2 = "train shakespeare_char_cpu", "train shakespeare_char", "train gpt2_124m"
+BARS = (
+    Bar("train, nanoGPT's CPU shape, times torch eager", _CPU, _against("torch"), 1.45, 2.2),
+    Bar("train, nanoGPT's GPU shape for characters, batch 16, times torch eager", _CHAR, _against("torch"), 1.5, 2.1),
+    Bar("train, 124M, 2 x 256, times torch eager", _GPT2, _against("torch"), 2.1, 2.8),
+    Bar("the same, times torch.compile", _GPT2, _against("torch-compile"), 2.1, 2.8),
+    Bar("the same, times torch.compile in bfloat16", _GPT2, _against("torch-compile-bf16"), 1.5, 2.0),
+    Bar(
+        "the same, share of the matrix-product rate",
+        _GPT2,
+        lambda found: found["sides"]["gpt2_jax"]["share_of_matmul_rate"],
+        0.68,
+        0.8,
+    ),
+    Bar(
+        "the same with dropout 0.1, share of the rate without",
+        _GPT2,
+        lambda found: _inverse(_against("gpt2_jax-dropout")(found)),
+        0.82,
+        0.92,
+    ),
+    Bar(
+        "the same, peak memory over torch eager's, default allocator",
+        _GPT2,
+        lambda found: found["system_malloc_memory_over_torch"],
+        1.15,
+        0.8,
+        at_most=True,
+    ),
+    Bar("decode, 124M, one row, times transformers", "decode", _decoded(1), 1.9, 2.4),
+    Bar("decode, 124M, eight rows, times transformers", "decode", _decoded(8), 1.8, 2.5),
+    Bar(
+        "loss in chunks, temporary bytes, 50,304 ids over 1,024",
+        "memory",
+        lambda found: round(found["ratio"], 2),
+        1.5,
+        1.2,
+        at_most=True,
+    ),
+    Bar("compile, 48 layers over 12", "compile", lambda found: found["48_over_12"], 1.25, 1.1, at_most=True),
+    Bar(
+        "compile part of a second start over the first",
+        "compile",
+        lambda found: found["second_over_first"],
+        0.3,
+        0.1,
+        at_most=True,
+    ),
+    Bar("steps of train.py over bare steps", "loop", lambda found: found["over_bare"], 1.03, 1.005, at_most=True),
+    Bar(
+        "loader, times 0.5 million tokens/s",
+        "loader",
+        lambda found: {name: round(rate / 5e5, 1) for name, rate in found["tokens_per_second"].items()},
+        10,
+        40,
+    ),
+    Bar(
+        "save in the background, blocked over waited for",
+        "checkpoint",
+        lambda found: found["124m"]["blocked_over_waited"],
+        0.1,
+        0.03,
+        at_most=True,
+    ),
+    Bar(
+        "time to torch's last loss, times as fast",
+        "time_to_loss",
+        lambda found: found["gpt2_jax"]["times_as_fast"],
+        2.5,
+        4,
+    ),
+    Bar(
+        "held-out loss after the preset's 2,000 steps, mean of three seeds",
+        "time_to_loss",
+        lambda found: found["gpt2_jax"]["mean_last_loss"],
+        1.78,
+        1.70,
+        at_most=True,
+    ),
+)
+
+
+def read_figures(lines: Iterable[str]) -> dict[str, Figures]:
+    """By benchmark, the last JSON line of each."""
+    found = {}
+    for line in lines:
+        if line.startswith('{"benchmark"'):
+            figures = json.loads(line)
+            config = f" {pathlib.Path(figures['config']).stem}" if figures["benchmark"] == "train" else ""
+            # One run may ask only for some sides.
+            name = figures["benchmark"] + config
+            if "sides" in figures and name in found:
+                figures["sides"] = found[name]["sides"] | figures["sides"]
+            found[name] = {**found.get(name, {}), **figures}
+    return found
+
+
+def table(columns: dict[str, dict[str, Figures]]) -> str:
+    """Markdown; `columns` are figures by the name of a Python."""
+    rows = [["what", *columns, "bar", "strive"], ["---"] * (len(columns) + 3)]
+    for bar in BARS:
+        sign = "at most " if bar.at_most else ""
+        cells = [_cell(bar, figures) for figures in columns.values()]
+        rows.append([bar.name, *cells, f"{sign}{bar.bar:g}", f"{bar.strive:g}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(bar: Bar, figures: dict[str, Figures]) -> str:
+    try:
+        value = bar.figure(figures[bar.benchmark])
+    except (KeyError, StopIteration):
+        return ""
+    median = value["median"] if isinstance(value, dict) else value
+    met = median <= bar.bar if bar.at_most else median >= bar.bar
+    spread = f" ({value['min']:g} to {value['max']:g})" if isinstance(value, dict) else ""
+    return f"{median:g}{spread}" + ("" if met else ", missed")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=pathlib.Path)
+    parser.add_argument("figures", type=pathlib.Path, nargs="+")
+    flags = parser.parse_args()
+    columns = {}
+    for file in flags.figures:
+        found = read_figures(file.read_text("utf-8").splitlines())
+        machine = next(figures["machine"] for figures in found.values() if "machine" in figures)
+        columns[f"Python {machine['python']}, jax {machine['versions']['jax']}"] = found
+    text = flags.document.read_text("utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{flags.document}: no {BEGIN} and {END} in it")
+    flags.document.write_text(f"{before}{begin}\n\n{table(columns)}\n\n{end}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
