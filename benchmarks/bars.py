@@ -56,7 +56,7 @@ def _decoded(rows: int) -> Callable[[Figures], Any]:
 
 _CPU, _CHAR, _GPT2 = "train shakespeare_char_cpu", "train shakespeare_char", "train gpt2_124m"
 BARS = (
-    Bar("train, nanoGPT's CPU shape, times torch eager", _CPU, _against("torch"), 1.45, 2.2),
+    Bar("train with AdamW, nanoGPT's CPU shape, times torch eager", _CPU, _against("torch"), 1.45, 2.2),
     Bar("train, nanoGPT's GPU shape for characters, batch 16, times torch eager", _CHAR, _against("torch"), 1.5, 2.1),
     Bar("train, 124M, 2 x 256, times torch eager", _GPT2, _against("torch"), 2.1, 2.8),
     Bar("the same, times torch.compile", _GPT2, _against("torch-compile"), 2.1, 2.8),

@@ -213,7 +213,8 @@ class TrainConfig(_Section):
     microbatches: int = _key(1, "parts of a batch whose gradients are accumulated one after another", low=1)
     loss_chunk: int = _key(
         0,
-        "positions whose logits exist at a time; 0: all if under 512 MiB per device, else the most that are",
+        "positions whose logits exist at a time; 0: all if the compiled step then fits the device or they are under "
+        "512 MiB on each, else the most that are",
         low=0,
     )
     max_skipped_steps: int = _key(

@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 
-VARIABLE = "GLIBC_TUNABLES"
+VARIABLE, _STARTED = "GLIBC_TUNABLES", "GPT2_JAX_STARTED_ONCE_MORE"
 # Freed memory stays in the one heap, in pages of 2 MiB where Linux grants them to those who ask (hugetlb=1).
 KEEP = ":".join(
     [
@@ -45,18 +45,22 @@ def keep_memory(wanted: str) -> str:
         return "system"
     if platform.libc_ver()[0] != "glibc":
         return "system (only glibc can be told to keep memory)"
-    found = os.environ.get(VARIABLE, "")
+    found, again = os.environ.get(VARIABLE, ""), os.environ.pop(_STARTED, "") == str(os.getpid())
     if found == KEEP:
         del os.environ[VARIABLE]  # what this process starts has small tasks
         return "keeps freed memory, in large pages; --malloc=system takes less memory and more time"
     if found:
         return f"{VARIABLE}={found} (from the environment)"
-    if not sys.executable:
-        return "system (Python does not know its own program)"
-    os.environ[VARIABLE] = KEEP
+    if again:
+        return f"system ({VARIABLE} is taken away from programs here)"
+    os.environ |= {VARIABLE: KEEP, _STARTED: str(os.getpid())}  # it keeps its number
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    except OSError as error:
+        del os.environ[VARIABLE], os.environ[_STARTED]
+        return f"system (Python cannot start itself once more: {error})"
 
 
 def _may_have_accelerators() -> bool:

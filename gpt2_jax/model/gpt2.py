@@ -14,6 +14,7 @@ Shapes: B batch, T length, D width, F = 4D, V vocabulary, V' vocabulary padded t
 L layers.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -180,6 +181,7 @@ def init_params(model: GPT2, key: jax.Array) -> Params:
     return nn.unbox(boxed_init(model, key))
 
 
+@functools.lru_cache(maxsize=16)
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the published model (padding rows not counted), from shapes alone."""
     shapes = jax.eval_shape(lambda: init_params(GPT2(config), jax.random.key(0)))

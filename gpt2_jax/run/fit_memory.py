@@ -1,6 +1,7 @@
 """What a step recomputes, and whether all its logits exist at once, by what the compiler says of its memory."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,9 @@ def memory_limit(device: jax.Device) -> int:
     return round(_SHARE * stats["bytes_limit"]) if stats and "bytes_limit" in stats else 0
 
 
-def with_memory_fitted(config: RunConfig, mesh: Mesh, limit: int) -> tuple[RunConfig, str]:
+def with_memory_fitted(
+    config: RunConfig, mesh: Mesh, limit: int, largest: Callable[[float], float] = lambda peak: peak
+) -> tuple[RunConfig, str]:
     """The config with "auto" for `model.remat`, and 0 for `train.loss_chunk`, replaced by the fastest that fits.
 
     Chunks of the loss cost less time than recomputing, and neither is the fastest. The last resort is taken unseen.
@@ -50,13 +53,14 @@ def with_memory_fitted(config: RunConfig, mesh: Mesh, limit: int) -> tuple[RunCo
       config: with the vocabulary and the path of attention filled in.
       mesh: devices, which may be those of a topology.
       limit: bytes on each; 0: unknown: nothing is recomputed, and `choose_chunk` decides alone.
+      largest: of what the processes of a run found, so that all choose the same.
 
     Returns:
       The config, and what was chosen, for the log.
     """
     choices = _choices(config, mesh, may_be_whole=limit > 0)
     *first, last = choices if limit else choices[:1]
-    chosen = next((choice for choice in first if _peak(choice, mesh) <= limit), last)
+    chosen = next((choice for choice in first if largest(_peak(choice, mesh)) <= limit), last)
     chunk = make_settings(chosen, mesh).loss_chunk
     logits = f"in chunks of {chunk} positions" if chunk not in (0, config.context_length) else "whole"
     return chosen, f"remat {chosen.model.remat}, logits {logits}"

@@ -118,7 +118,9 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     with hosts.together():
         as_run, choices = for_device(config, mesh.devices.flat[0])
     limit = min(map(int, hosts.gather(str(memory_limit(mesh.local_devices[0])))))
-    as_run, fitted = with_memory_fitted(as_run, mesh, limit)
+    as_run, fitted = with_memory_fitted(
+        as_run, mesh, limit, largest=lambda peak: max(map(float, hosts.gather(str(peak))))
+    )
     settings = make_settings(as_run, mesh)
     steps = config.train.steps
     with contextlib.ExitStack() as stack:

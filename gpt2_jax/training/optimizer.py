@@ -92,7 +92,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Skippable:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The square root of the sum of all squares; float32 or wider."""
+    """The square root of the sum of all squares, in the type of the leaves."""
     return jnp.sqrt(sum(_sum_of_squares(leaf) for leaf in jax.tree.leaves(tree)))
 
 

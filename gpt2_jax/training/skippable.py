@@ -1,7 +1,8 @@
-"""Optimizers whose update can be left out by a flag on the device, without a copy of their state.
+"""Optimizers whose update can be left out by a flag on the device.
 
 A step that is not finite must change nothing. To choose between old and new state afterwards makes XLA on CPU keep
-both: 1 GB of copies per step of GPT-2's smallest. So Adam takes the flag into its coefficients instead.
+both: 1 GB of copies per step of GPT-2's smallest. So Adam takes the flag into its coefficients instead; others
+(`skippable`) choose.
 """
 
 from typing import Any

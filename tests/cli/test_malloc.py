@@ -63,7 +63,7 @@ def test_memory_that_is_kept_is_cleared_once(program: pathlib.Path) -> None:
 def test_otherwise_it_is_cleared_each_time(program: pathlib.Path, wanted: str) -> None:
     freed = run(program, wanted, JAX_PLATFORMS="cpu" if wanted == "system" else "cuda,cpu", **_plugin(program.parent))
     assert freed["told"] == "system"
-    assert min(freed["faults"]) > 1000
+    assert min(freed["faults"]) > 100  # 128 where Linux gives large pages unasked
 
 
 def _plugin(folder: pathlib.Path) -> dict[str, str]:
@@ -71,6 +71,17 @@ def _plugin(folder: pathlib.Path) -> dict[str, str]:
     (folder / "jax_plugins").mkdir()
     package = pathlib.Path(malloc.__file__).parents[2]
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(package)])}
+
+
+@glibc
+def test_where_the_setting_is_taken_away_it_starts_once_more_and_not_again(
+    program: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """As the loader does to programs with privileges."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os\nos.environ.pop({malloc.VARIABLE!r}, None)\n")
+    path = os.pathsep.join([str(tmp_path), str(pathlib.Path(malloc.__file__).parents[2])])
+    told = run(program, "keep", JAX_PLATFORMS="cpu", PYTHONPATH=path)["told"]
+    assert told == "system (GLIBC_TUNABLES is taken away from programs here)"
 
 
 @glibc

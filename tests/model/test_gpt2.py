@@ -351,23 +351,24 @@ def test_dropout_is_off_when_deterministic_or_when_the_rates_are_zero() -> None:
     assert relative(dropout_logits(jax.random.key(0)), expected_BTV) > 0.01
 
 
-def test_dropout_is_the_same_in_the_recomputed_forward_pass() -> None:
+def test_dropout_is_the_same_whatever_is_recomputed_and_however_layers_are_looped_over() -> None:
     rates = {"embd_pdrop": 0.2, "attn_pdrop": 0.2, "resid_pdrop": 0.2}
     tokens_BT, targets_BT, weights_BT = random_batch()
     batch = (tokens_BT, targets_BT, weights_BT.astype(np.float32))
-    plain, recomputed = (
+    plain, *others = (
         loss_and_gradients(
-            dataclasses.replace(CONFIG, remat=remat, **rates),
+            dataclasses.replace(CONFIG, remat=remat, scan_unroll=unroll, **rates),
             cast(random_params(), jnp.float32),
             batch,
             jax.random.key(5),
         )
-        for remat in ("none", "full")
+        for remat, unroll in (("none", 1), ("full", 1), ("none", 3), ("full", 3))
     )
-    assert float(plain[0]) == pytest.approx(float(recomputed[0]), rel=1e-6)
     expected = numpy_gpt2.leaves(plain[1])
-    for name, grad in numpy_gpt2.leaves(recomputed[1]).items():
-        assert relative(without_key_bias(name, grad), without_key_bias(name, expected[name])) < 1e-6, name
+    for loss, grads in others:
+        assert float(plain[0]) == pytest.approx(float(loss), rel=1e-6)
+        for name, grad in numpy_gpt2.leaves(grads).items():
+            assert relative(without_key_bias(name, grad), without_key_bias(name, expected[name])) < 1e-6, name
 
 
 def linear_model(rng: np.random.Generator, config: ModelConfig) -> Any:
