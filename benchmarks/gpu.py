@@ -3,12 +3,13 @@
     python -m benchmarks.gpu --out=gpu.json
 
 Needs jax, flax, optax, torch and transformers and nothing else; installs nothing, downloads nothing, and ends within
-`--minutes`. Each side of each size is a process of its own that trains on random tokens at a context of 1,024 (bfloat16
-products over float32 parameters, a vocabulary of 50,304, no dropout, AdamW, clipping) and then decodes greedily (128
-tokens after a prompt of 128, one row and eight). torch: nanoGPT's shape, fused attention and AdamW, `torch.compile`,
-from 774M on of the blocks alone, as its documentation advises against long compiles, with head and loss as they are;
-decoding: transformers' `generate`, its weights in bfloat16. Ours as `train.py` and `gpt2-jax generate` run it. Each side
-has random weights of its own. The product rate is that of two 8,192 x 8,192 matrices in bfloat16.
+`--minutes`. Each side of each size is a process of its own that trains on random tokens at a context of 1,024
+(bfloat16 products over float32 parameters, a vocabulary of 50,304, no dropout, AdamW, clipping) and then decodes
+greedily (128 tokens after a prompt of 128, one row and eight). torch: nanoGPT's shape, fused attention and AdamW,
+`torch.compile`, from 774M on of the blocks alone, as its documentation advises against long compiles, with head and
+loss as they are; decoding: transformers' `generate`, its weights in bfloat16. Ours as `train.py` and `gpt2-jax
+generate` run it. Each side has random weights of its own. The product rate is that of two 8,192 x 8,192 matrices in
+bfloat16.
 
 Prints a line per measurement and writes all figures as JSON, also those that it had when the time was up. With
 `--platform=cpu --sizes=toy` it shows on any machine that it works.

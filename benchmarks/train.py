@@ -7,8 +7,8 @@ name says otherwise, with AdamW at a constant rate of learning, whatever the con
 weights and sees the same batches; that its first ten losses agree with ours (1e-3 in float32) is checked. Rounds go
 through the sides forth and back (A B, B A), each time in a fresh process, which waits for each of its first ten steps
 and then measures five windows of steps, of which the median counts; a turn in which other programs took more than a
-tenth of a core is repeated, at most twice. Ours measures the float32 matrix-product rate before and after its steps, the
-larger of which is the bound.
+tenth of a core is repeated, at most twice. Ours measures the float32 matrix-product rate before and after its steps,
+the larger of which is the bound.
 
 `gpt2_jax` keeps freed memory as train.py does where there is only a CPU; `gpt2_jax-system-malloc` does not. Memory is
 the peak resident size above that of the process with the weights' file in it. Prints a table and a JSON line; medians
