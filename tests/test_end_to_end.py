@@ -300,7 +300,8 @@ def test_init_from_starts_where_the_other_run_ended(
     assert config.optimizer.learning_rate != OptimizerConfig().learning_rate
 
 
-@pytest.mark.parametrize("tokenizer", [pytest.param("chars", marks=pytest.mark.slow), "bpe:30"])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["chars", "bpe:30"])
 def test_other_text_is_tuned_on_with_the_learned_tokenizer(
     tiny: Workshop, tmp_path: pathlib.Path, tokenizer: str
 ) -> None:

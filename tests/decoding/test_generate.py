@@ -90,9 +90,7 @@ def test_prompts_are_texts_or_ids_and_keep_their_order() -> None:
     assert [c.prompt_ids for c in found[::2]] == [tuple(b"some text"), (7, 8, 9), tuple("ü".encode())]
 
 
-@pytest.mark.parametrize(
-    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow), 8]
-)
+@pytest.mark.parametrize("batch_size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3, 4)), 8])
 def test_batches_do_not_matter(batch_size: int) -> None:
     prompts = ["a", "longer than the others", "bc", "d", "ef"]
     asked = {"num_samples": 3, "seed": 5, "stopping": Stopping(max_new_tokens=6)}

@@ -66,6 +66,7 @@ def fingerprint(run: pathlib.Path) -> str:
     return json.loads((run / "run.json").read_text())["data"]["fingerprint"]
 
 
+@pytest.mark.faults
 def test_settings_are_allowed_by_the_flag_that_the_error_names_and_recorded(tiny: Workshop, run: pathlib.Path) -> None:
     other = {"optimizer.learning_rate": 0.5, "seed": 7, "train.steps": 6}
     error = refused(tiny, run, other, 2, "optimizer.learning_rate 0.01 -> 0.5", "seed 0 -> 7")
