@@ -7,10 +7,9 @@ from gpt2_jax.config import RunConfig
 from gpt2_jax.errors import UsageError
 from gpt2_jax.planning.chips import Machine, make_machine
 from gpt2_jax.planning.compile import compile_program
-from gpt2_jax.planning.plan import Plan, make_plan, with_each_remat
+from gpt2_jax.planning.plan import Plan, make_plan, plan_choices
 from gpt2_jax.planning.search import SLACK, estimated_best, search
 from gpt2_jax.planning.topology import require_libtpu
-from gpt2_jax.run.fit_memory import REMAT
 
 SHOWN = 3  # plans that a search shows
 
@@ -56,49 +55,46 @@ def make_plans(
     """
     if not searches:
         # Estimates of all first: what cannot be is told before anything is compiled.
-        estimates = [make_plan(config, machine, prices.get(machine.chip.name)) for machine in machines]
-        return [_fitting(config, plan, analytic, decode_rows, tell) for plan in estimates]
+        estimates = [plan_choices(config, machine, prices.get(machine.chip.name)) for machine in machines]
+        plans = [_fitting(choices, analytic, tell) for choices in estimates]
+        return [_with_decode(plan, decode_rows, tell) for plan in plans]
     plans = []
     for machine in machines:
         price = prices.get(machine.chip.name)
         if analytic or machine.chip.platform != "tpu":
             found = estimated_best(config, machine, price)
         else:
-            found = search(
-                config, machine, price, lambda plan: _compiled(plan, analytic, decode_rows, tell), wanted=SHOWN
-            )
+            found = search(config, machine, price, lambda plan: _compiled(plan, analytic, tell), wanted=SHOWN)
         if not found:
             tell(f"{machine.name}: by the estimate nothing fits, whatever the mesh")
-        plans += found[:SHOWN]
+        plans += [_with_decode(plan, decode_rows, tell) for plan in found[:SHOWN]]
     return plans
 
 
-def _fitting(config: RunConfig, estimate: Plan, analytic: bool, decode_rows: int, tell: Callable[[str], None]) -> Plan:
-    """The plan as the compiler finds it; where the config leaves the remat policy open, the first that fits."""
-    plan, candidates = estimate, with_each_remat(config)
-    for candidate in candidates:
-        guess = make_plan(candidate, estimate.machine, estimate.price)
-        if (
-            len(candidates) == 1
-            or candidate.model.remat == REMAT[-1]
-            or guess.memory.peak <= SLACK * guess.memory.limit
-        ):
-            plan = _compiled(guess, analytic, decode_rows, tell)
+def _fitting(choices: Sequence[Plan], analytic: bool, tell: Callable[[str], None]) -> Plan:
+    """The first estimate that also the compiler, where it is asked, lets fit; the last one if none does."""
+    *first, last = choices
+    for estimate in first:
+        if estimate.memory.peak <= SLACK * estimate.memory.limit:
+            plan = _compiled(estimate, analytic, tell)
             if plan.fits:
-                break
-    return plan
+                return plan
+    return _compiled(last, analytic, tell)
 
 
-def _compiled(plan: Plan, analytic: bool, decode_rows: int, tell: Callable[[str], None]) -> Plan:
+def _compiled(plan: Plan, analytic: bool, tell: Callable[[str], None]) -> Plan:
     machine = plan.machine
     if analytic or machine.chip.platform != "tpu":
         return plan
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     micro, remat = plan.config.train.microbatches, plan.config.model.remat
-    tell(f"compiling for {machine.name}: {mesh}, {micro} microbatches, remat {remat}")
-    compiled = make_plan(plan.config, machine, plan.price, compile_program(plan.config, machine.name))
-    if not decode_rows:
-        return compiled
-    tell(f"compiling the decode step for {machine.name}")
-    decode = compile_program(plan.config, machine.name, "decode", decode_rows)
-    return dataclasses.replace(compiled, decode=decode)
+    logits = f"in chunks of {plan.loss_chunk}" if plan.loss_chunk else "whole"
+    tell(f"compiling for {machine.name}: {mesh}, {micro} microbatches, remat {remat}, logits {logits}")
+    return make_plan(plan.config, machine, plan.price, compile_program(plan.config, machine.name))
+
+
+def _with_decode(plan: Plan, rows: int, tell: Callable[[str], None]) -> Plan:
+    if not rows or plan.compiled is None:
+        return plan
+    tell(f"compiling the decode step for {plan.machine.name}")
+    return dataclasses.replace(plan, decode=compile_program(plan.config, plan.machine.name, "decode", rows))

@@ -100,7 +100,7 @@ def estimated_temporaries(config: RunConfig, sizes: Mapping[str, int], loss_chun
     }[model.remat]
     at_work = 3 * scores + 2 * projections + 4 * 4 * D / tensor
     vocab_rows = padded_vocab_size(model.vocab_size) // tensor
-    logits = (loss_chunk or T) * (tokens // T) * vocab_rows * 4 * 2
+    logits = (loss_chunk or T) * (tokens // T) * vocab_rows * width * 2
     layer_parameters = 12 * D * D
     parameters = L * layer_parameters / tensor + vocab_rows * D
     gradients = 4 * parameters / sizes["fsdp"] * (1 if config.train.microbatches == 1 else 2)

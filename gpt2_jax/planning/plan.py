@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from gpt2_jax.planning.flops import flops_table, step_products
 from gpt2_jax.planning.memory import Memory, estimated_temporaries, state_bytes
 from gpt2_jax.planning.roofline import Roofline, make_roofline
 from gpt2_jax.planning.traffic import Traffic, expected_traffic, memory_traffic
-from gpt2_jax.run.fit_memory import REMAT
+from gpt2_jax.run.fit_memory import memory_choices
 from gpt2_jax.run.hardware import flops_per_token
 from gpt2_jax.run.step_settings import for_device, make_settings
 from gpt2_jax.sharding import abstract_mesh, check_divisible, mesh_sizes
@@ -113,26 +112,17 @@ def checked_mesh(config: RunConfig, machine: Machine) -> Any:
     return mesh
 
 
-def with_each_remat(config: RunConfig) -> list[RunConfig]:
-    """The config with each remat policy, the fastest first, where it leaves the choice; else as it is."""
-    remats = REMAT if config.model.remat == "auto" else (config.model.remat,)
-    return [dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)) for remat in remats]
-
-
 def make_plan(config: RunConfig, machine: Machine, price: float | None, compiled: Compiled | None = None) -> Plan:
-    """Puts a plan together; without `compiled` it is an estimate, with the first remat policy that fits for "auto".
+    """Puts a plan together; without `compiled` it is an estimate. `model.remat` is no longer "auto".
 
     Raises:
       UsageError: as `checked_mesh` does, or the configured attention cannot run on such chips.
     """
-    if config.model.remat == "auto":
-        plans = (make_plan(candidate, machine, price) for candidate in with_each_remat(config))
-        return next(itertools.dropwhile(lambda plan: not plan.fits and plan.config.model.remat != REMAT[-1], plans))
     chip: Any = machine.chip  # which answers what is asked of a device
     config, _ = for_device(config, chip)
     mesh = checked_mesh(config, machine)
     sizes = dict(mesh.shape)
-    chunk = make_settings(config, mesh).loss_chunk
+    chunk = make_settings(config, mesh).loss_chunk % config.context_length
     state = state_bytes(config, sizes)
     limit = round(machine.chip.memory)
     if compiled is None:
@@ -164,6 +154,14 @@ def make_plan(config: RunConfig, machine: Machine, price: float | None, compiled
         compiled=compiled,
         price=price,
     )
+
+
+def plan_choices(config: RunConfig, machine: Machine, price: float | None) -> list[Plan]:
+    """Estimates of what a run may choose from to fit the memory, the fastest first. Raises as `make_plan` does."""
+    # A CPU does not say what it has; a run then chooses without asking.
+    asks = machine.chip.platform != "cpu"
+    choices = memory_choices(config, checked_mesh(config, machine), may_be_whole=asks)
+    return [make_plan(choice, machine, price) for choice in (choices if asks else choices[:1])]
 
 
 _flops_per_token = functools.lru_cache(maxsize=8)(flops_per_token)

@@ -84,8 +84,9 @@ def memory_traffic(config: RunConfig, sizes: Mapping[str, int], loss_chunk: int)
     Per layer and token a forward pass moves, in widths of the stream: by the products 4 (c_attn), 4 (attention), 2
     (c_proj), 5 (c_fc) and 5 (c_proj); by the norms 2 each and by the residual sums 3 each. Without a kernel the scores
     are written and read twice as float32 besides, and their softmax once in 16 bits each. The backward pass moves twice
-    all that. The head's float32 logits are written once, and read twice by the loss. Weights are read once per pass and
-    microbatch, and their gradients written and added; AdamW reads 16 and writes 12 bytes per parameter.
+    all that. The head's logits are written once, and read twice by the loss. Weights are read once per pass and
+    microbatch, and their gradients written and added; AdamW reads 16 and writes 12 bytes per parameter, 4 fewer with
+    its first moment in 16 bits.
     """
     model, microbatches, tensor = config.model, config.train.microbatches, sizes["tensor"]
     D, T, L = model.n_embd, config.context_length, model.n_layer
@@ -98,11 +99,12 @@ def memory_traffic(config: RunConfig, sizes: Mapping[str, int], loss_chunk: int)
     head_passes = 3 if loss_chunk in (0, T) else 4
     parameters = 12 * D * D * L / tensor + vocab_rows * D
     stream = L * passes * D * width / tensor
-    optimizer = (28 + (8 if config.optimizer.ema_decay else 0)) * parameters / sizes["fsdp"]
+    moment = 2 * (4 - jnp.dtype(config.optimizer.mu_dtype).itemsize)
+    optimizer = (28 - moment + (8 if config.optimizer.ema_decay else 0)) * parameters / sizes["fsdp"]
     weights = microbatches * parameters * (passes * width + 2 * 4)
     return MemoryTraffic(
-        beside=tokens * (20 * stream + head_passes * 4 * vocab_rows) + weights,
-        alone=tokens * (10 * stream + L * passes * scores + head_passes * 2 * 4 * vocab_rows) + optimizer,
+        beside=tokens * (20 * stream + head_passes * width * vocab_rows) + weights,
+        alone=tokens * (10 * stream + L * passes * scores + head_passes * 2 * width * vocab_rows) + optimizer,
     )
 
 

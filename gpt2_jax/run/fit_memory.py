@@ -58,7 +58,7 @@ def with_memory_fitted(
     Returns:
       The config, and what was chosen, for the log.
     """
-    choices = _choices(config, mesh, may_be_whole=limit > 0)
+    choices = memory_choices(config, mesh, may_be_whole=limit > 0)
     *first, last = choices if limit else choices[:1]
     chosen = next((choice for choice in first if largest(_peak(choice, mesh)) <= limit), last)
     chunk = make_settings(chosen, mesh).loss_chunk
@@ -66,8 +66,14 @@ def with_memory_fitted(
     return chosen, f"remat {chosen.model.remat}, logits {logits}"
 
 
-def _choices(config: RunConfig, mesh: Mesh, *, may_be_whole: bool) -> list[RunConfig]:
-    """From the fastest to the smallest."""
+def memory_choices(config: RunConfig, mesh: Mesh, *, may_be_whole: bool) -> list[RunConfig]:
+    """What a run may choose from to fit the memory, the fastest first and the smallest last.
+
+    Args:
+      config: with the vocabulary filled in; what it configures by name is no choice.
+      mesh: of which only the shape counts.
+      may_be_whole: all logits at once are a choice, also where `choose_chunk` takes chunks.
+    """
     remats = REMAT if config.model.remat == "auto" else (config.model.remat,)
     models = [dataclasses.replace(config.model, remat=remat) for remat in remats]
     choices = [dataclasses.replace(config, model=model) for model in models]

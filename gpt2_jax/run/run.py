@@ -101,7 +101,7 @@ def run(config: RunConfig, options: RunOptions) -> None:
         with hosts.together():
             check_accelerator_is_used()
         held = run_folders(hosts, options.workdir, options.checkpoints, steal=options.steal_lock)
-        with held as folders, out_of_memory_told(config):
+        with held as folders:
             _run(config, options, hosts, folders)
 
 
@@ -124,6 +124,7 @@ def _run(config: RunConfig, options: RunOptions, hosts: Hosts, folders: RunFolde
     settings = make_settings(as_run, mesh)
     steps = config.train.steps
     with contextlib.ExitStack() as stack:
+        stack.enter_context(out_of_memory_told(as_run))
         stack.enter_context(use_mesh(mesh))
         if hosts.first:
             stack.callback(_send, folders)  # last, whatever happens

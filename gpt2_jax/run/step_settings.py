@@ -1,6 +1,7 @@
 """What a run's config means for its compiled steps: model, optimizer, and the choices that depend on devices."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -39,8 +40,12 @@ def for_device(config: RunConfig, device: jax.Device) -> tuple[RunConfig, str]:
     return dataclasses.replace(config, model=model), f"attention {reason}; layers {layers}"
 
 
+@functools.lru_cache(maxsize=4)
 def make_settings(config: RunConfig, mesh: Mesh) -> StepSettings:
-    """The model, optimizer and compile-time choices of a run; `model.vocab_size` must be filled in."""
+    """The model, optimizer and compile-time choices of a run; `model.vocab_size` must be filled in.
+
+    The same object for the same arguments, so that a step which was compiled to see its memory is not compiled again.
+    """
     train_config = config.train
     chunk = train_config.loss_chunk
     if not chunk:

@@ -11,12 +11,13 @@ from gpt2_jax.errors import UsageError
 from gpt2_jax.model.gpt2 import GPT2, init_params
 from gpt2_jax.planning.chips import CHIPS, Machine, make_machine
 from gpt2_jax.planning.flops import Product
-from gpt2_jax.planning.plan import Plan, make_plan, with_known_vocabulary
+from gpt2_jax.planning.make_plans import make_plans
+from gpt2_jax.planning.plan import Plan, make_plan, plan_choices, with_known_vocabulary
 from gpt2_jax.planning.roofline import REACHED_ARITHMETIC, REACHED_INTERCONNECT, REACHED_MEMORY, make_roofline
 from gpt2_jax.planning.search import candidates, estimated_best, search
 from gpt2_jax.planning.traffic import MemoryTraffic, Traffic, expected_traffic, memory_traffic
 
-MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_positions=32, vocab_size=1000, dtype="bfloat16")
+MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=64, n_positions=32, vocab_size=1000, dtype="bfloat16", remat="none")
 RUN = RunConfig(
     model=MODEL,
     optimizer=OptimizerConfig(warmup_steps=1),
@@ -89,19 +90,40 @@ def test_collectives_of_theory() -> None:
 
 
 def test_memory_traffic_by_hand() -> None:
-    model = dataclasses.replace(MODEL, attention="splash", remat="none")
+    model = dataclasses.replace(MODEL, attention="splash")
     run = dataclasses.replace(RUN, model=model)
     moved = memory_traffic(run, {"data": 1, "fsdp": 8, "tensor": 1}, loss_chunk=0)
     tokens, parameters = 8 * 32, 2 * 12 * 64**2 + 1024 * 64
     stream = 2 * 3 * 64 * 2  # two layers, three passes' worth, widths of two bytes
-    assert moved.alone == tokens * (10 * stream + 3 * 8 * 1024) + 28 * parameters / 8
-    assert moved.beside == tokens * (20 * stream + 3 * 4 * 1024) + parameters * (3 * 2 + 8)
+    assert moved.alone == tokens * (10 * stream + 3 * 4 * 1024) + 28 * parameters / 8
+    assert moved.beside == tokens * (20 * stream + 3 * 2 * 1024) + parameters * (3 * 2 + 8)
     plain = memory_traffic(
-        dataclasses.replace(run, model=dataclasses.replace(MODEL, remat="none")),
+        dataclasses.replace(run, model=MODEL),
         {"data": 1, "fsdp": 8, "tensor": 1},
         loss_chunk=0,
     )
     assert plain.alone - moved.alone == tokens * 2 * 3 * 4 * 32 * 16  # scores of four heads
+    light = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, mu_dtype="bfloat16"))
+    saved = moved.alone - memory_traffic(light, {"data": 1, "fsdp": 8, "tensor": 1}, loss_chunk=0).alone
+    assert saved == 4 * parameters / 8  # the first moment, read and written
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "rows", "remat", "whole"),
+    [(12, 16, "none", True), (1, 512, "none", False), (12, 256, "dots", False), (12, 512, "full", False)],
+)
+def test_what_is_left_open_is_chosen_by_the_memory(n_layer: int, rows: int, remat: str, whole: bool) -> None:
+    """On one GPU of 74.5 GiB; all logits of 512 rows with their gradient are 98 GiB."""
+    model = ModelConfig(n_layer=n_layer, vocab_size=50257, dtype="bfloat16", attn_pdrop=0.0)
+    run = RunConfig(model=model, train=TrainConfig(batch_size=rows), mesh=MeshConfig(data=1))
+    machine = make_machine("h100:1")
+    choices = plan_choices(run, machine, None)
+    remats = [(choice.config.model.remat, choice.loss_chunk == 0) for choice in choices]
+    assert remats == [("none", True), ("none", False), ("dots", False), ("full", False)]
+    (plan,) = make_plans(run, [machine], {}, analytic=True)
+    assert (plan.config.model.remat, plan.loss_chunk == 0) == (remat, whole)
+    (fixed,) = make_plans(plan.config, [machine], {}, analytic=True)
+    assert fixed == plan
 
 
 def test_hours_and_dollars_follow_from_the_step() -> None:

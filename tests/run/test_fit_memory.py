@@ -3,12 +3,15 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from gpt2_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from gpt2_jax.run.fit_memory import lower_train_step, memory_limit, with_memory_fitted
 from gpt2_jax.run.step_settings import for_device, make_settings
-from gpt2_jax.sharding import make_mesh
+from gpt2_jax.sharding import make_mesh, place_batch, use_mesh
+from gpt2_jax.training.steps import train_step
+from gpt2_jax.training.train_state import sharded_init
 
 RATES = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 CONFIG = RunConfig(
@@ -40,6 +43,22 @@ def test_as_little_is_recomputed_as_fits() -> None:
         config, told = with_memory_fitted(CONFIG, MESH, limit)
         assert config == with_remat(remat)
         assert told == f"remat {remat}, logits whole"
+
+
+def test_a_step_that_was_compiled_to_see_its_memory_is_not_compiled_again(caplog: pytest.LogCaptureFixture) -> None:
+    model = dataclasses.replace(CONFIG.model, n_embd=24)  # as no other test has it
+    with jax.log_compiles():
+        config, _ = with_memory_fitted(dataclasses.replace(CONFIG, model=model), MESH, 10**11)
+    assert "Compiling jit(train_step)" in caplog.text
+    settings = make_settings(config, MESH)
+    zeros_BT = np.zeros((4, 128), np.int32)
+    with use_mesh(MESH):
+        state = sharded_init(settings.model, settings.optimizer, 0, MESH)
+        batch = place_batch({"tokens": zeros_BT, "targets": zeros_BT, "weights": np.ones((4, 128), np.float32)}, MESH)
+        caplog.clear()
+        with jax.log_compiles():
+            train_step(state, batch, settings=settings)
+    assert "Compiling" not in caplog.text
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
