@@ -1,10 +1,10 @@
 """The table of bars in docs/numbers.md, from what the other benchmarks printed.
 
     python -m benchmarks.train ... | tee -a figures.txt          # and the others
-    python -m benchmarks.bars docs/numbers.md figures.txt [figures-of-another-python.txt]
+    python -m benchmarks.bars --machine=A docs/numbers.md figures.txt [figures-of-another-python.txt]
 
-Each file holds what one Python printed; of several runs of one benchmark the last counts. Between the two marks in the
-document the table is written anew; what was not measured is left empty.
+Each file holds what one Python printed; of several runs of one benchmark the last counts. Between the two marks of the
+machine in the document the table is written anew; what was not measured is left empty.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-BEGIN, END = "<!-- bars: begin -->", "<!-- bars: end -->"
+MARK = "<!-- bars of machine {machine}: {place} -->"
 Figures = dict[str, Any]
 
 
@@ -175,6 +175,7 @@ def _cell(bar: Bar, figures: dict[str, Figures]) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", required=True, help="its letter in the document")
     parser.add_argument("document", type=pathlib.Path)
     parser.add_argument("figures", type=pathlib.Path, nargs="+")
     flags = parser.parse_args()
@@ -184,10 +185,11 @@ def main() -> None:
         machine = next(figures["machine"] for figures in found.values() if "machine" in figures)
         columns[f"Python {machine['python']}, jax {machine['versions']['jax']}"] = found
     text = flags.document.read_text("utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = (MARK.format(machine=flags.machine, place=place) for place in ("begin", "end"))
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise SystemExit(f"{flags.document}: no {BEGIN} and {END} in it")
+        raise SystemExit(f"{flags.document}: no {first} and {last} in it")
     flags.document.write_text(f"{before}{begin}\n\n{table(columns)}\n\n{end}{after}", "utf-8")
 
 

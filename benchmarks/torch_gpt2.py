@@ -8,6 +8,7 @@ Shapes: B batch, T length, D width, H heads, K head dimension, V vocabulary.
 
 import contextlib
 import math
+import time
 from collections.abc import Mapping
 
 import numpy as np
@@ -163,3 +164,14 @@ class TorchTrainer:
         """Gives the memory of parameters and optimizer back; the trainer can do nothing more."""
         self._optimizer.state.clear()
         self.model.to("meta")
+
+
+def torch_matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of torch's float32 product, as `run.hardware.measured_matmul_rate` measures ours."""
+    a = torch.ones(size, size)
+    fastest, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(a, a)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * size**3 / fastest

@@ -7,8 +7,8 @@ name says otherwise, with AdamW at a constant rate of learning, whatever the con
 weights and sees the same batches; that its first ten losses agree with ours (1e-3 in float32) is checked. Rounds go
 through the sides forth and back (A B, B A), each time in a fresh process, which waits for each of its first ten steps
 and then measures five windows of steps, of which the median counts; a turn in which other programs took more than a
-tenth of a core is repeated, at most twice. Ours measures the float32 matrix-product rate before and after its steps,
-the larger of which is the bound.
+tenth of a core is repeated, at most twice. Each side measures the rate of its own library's float32 matrix products
+before and after its steps, the larger of which is its bound.
 
 `gpt2_jax` keeps freed memory as train.py does where there is only a CPU; `gpt2_jax-system-malloc` does not. Memory is
 the peak resident size above that of the process with the weights' file in it. Prints a table and a JSON line; medians
@@ -115,10 +115,10 @@ def _figures(side: str, done: dict[str, list[dict[str, Any]]], tokens: int, flop
         "cores_of_others": round(max(one["cores_of_others"] for one in turns), 2),
         "last_loss": round(turns[0]["losses"][-1], 5),
     }
-    if turns[0]["matmul_rate"]:
-        figures["matmul_gflops"] = spread([one["matmul_rate"] / 1e9 for one in turns], 0)
-        rates = [flops / one["step_seconds"] / one["matmul_rate"] for one in turns]
-        figures["share_of_matmul_rate"] = spread(rates, 3)
+    rates = [one["matmul_rate"] for one in turns]
+    figures["matmul_gflops"] = spread([rate / 1e9 for rate in rates], 0)
+    shares = [flops / one["step_seconds"] / rate for one, rate in zip(turns, rates, strict=True)]
+    figures["share_of_matmul_rate"] = spread(shares, 3)
     if side != _FIRST:
         figures["ours_times_as_fast"] = spread([b["step_seconds"] / a["step_seconds"] for a, b in pairs], 2)
     return figures

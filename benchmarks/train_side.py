@@ -59,6 +59,7 @@ class Side:
 SIDES = {
     "gpt2_jax": Side(keep_memory=True),
     "gpt2_jax-system-malloc": Side(),
+    "gpt2_jax-bf16": Side(keep_memory=True, dtype="bfloat16"),
     "gpt2_jax-dropout": Side(keep_memory=True, dropout=0.1),
     "torch": Side(torch=True),
     "torch-dropout": Side(torch=True, dropout=0.1),
@@ -114,11 +115,13 @@ def our_step(config: RunConfig, weights: dict[str, np.ndarray]) -> tuple[Step, C
     return step, measured_matmul_rate
 
 
-def torch_step(config: RunConfig, side: Side, weights: dict[str, np.ndarray], threads: int) -> Step:
+def torch_step(
+    config: RunConfig, side: Side, weights: dict[str, np.ndarray], threads: int
+) -> tuple[Step, Callable[[], float]]:
     """The same for torch."""
     import torch
 
-    from benchmarks.torch_gpt2 import TorchTrainer
+    from benchmarks.torch_gpt2 import TorchTrainer, torch_matmul_rate
 
     torch.set_num_threads(threads)
     trainer = TorchTrainer(config.model, config.optimizer, dtype=side.dtype, compiled=side.compiled)
@@ -134,7 +137,7 @@ def torch_step(config: RunConfig, side: Side, weights: dict[str, np.ndarray], th
         loss = trainer.step(tokens_BT[:, :-1], tokens_BT[:, 1:])
         return None
 
-    return step
+    return step, torch_matmul_rate
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         import gpt2_jax.run.step_settings  # noqa: F401
     before = peak_memory()
     if side.torch:
-        step, matmul_rate = torch_step(config, side, weights, task["threads"]), None
+        step, matmul_rate = torch_step(config, side, weights, task["threads"])
     else:
         step, matmul_rate = our_step(config, weights)
     weights.clear()
@@ -163,7 +166,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         times.append(time.perf_counter() - began)
     in_window = max(1, round(task["seconds"] / _WINDOWS / min(times[1:])))
     steps = _WINDOWS * in_window
-    rates = [matmul_rate()] if matmul_rate else []
+    rates = [matmul_rate()]
     usage, others = resource.getrusage(resource.RUSAGE_SELF), OtherPrograms()
     windows = []
     for first in range(0, steps, in_window):
@@ -174,8 +177,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         windows.append((time.perf_counter() - began) / in_window)
     used = resource.getrusage(resource.RUSAGE_SELF)
     busy = others.cores()
-    if matmul_rate:
-        rates.append(matmul_rate())
+    rates.append(matmul_rate())
     return {
         "step_seconds": statistics.median(windows),  # a heap that grows once more shows in one
         "steps": steps,
@@ -185,7 +187,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         "system_seconds": (used.ru_stime - usage.ru_stime) / steps,
         "page_faults": (used.ru_minflt - usage.ru_minflt) / steps,
         "peak_bytes": peak_memory() - before,
-        "matmul_rate": max(rates, default=None),
+        "matmul_rate": max(rates),
         "cores_of_others": busy,
     }
 
