@@ -35,7 +35,8 @@ from gpt2_jax.training.train_state import TrainState, abstract_state, sharded_in
 STEPS = 10
 # A large eps: with a small one, Adam turns the rounding of gradients that are zero into steps.
 OPTIMIZER = OptimizerConfig(warmup_steps=2, learning_rate=1e-2, eps=1e-3)
-_OPTIMIZER = make_optimizer(OPTIMIZER, STEPS)
+# Settings are equal, and their steps compiled once, only with the same optimizer.
+OPTIMIZERS = {name: make_optimizer(dataclasses.replace(OPTIMIZER, name=name), STEPS) for name in ("adamw", "muon")}
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 4, 2)]
 HEADS = (12, 25)  # of GPT-2's smallest and largest: eight devices can share out neither evenly
 
@@ -46,6 +47,7 @@ class Shape:
 
     heads: int = 4
     frugal: bool = False
+    optimizer: str = "adamw"
 
     @property
     def settings(self) -> StepSettings:
@@ -54,7 +56,7 @@ class Shape:
         )
         schedule = learning_rate_schedule(OPTIMIZER, STEPS)
         parts = {"microbatches": 2, "loss_chunk": 4} if self.frugal else {}
-        return StepSettings(GPT2(model), _OPTIMIZER, schedule, seed=3, ema_decay=0.5, **parts)
+        return StepSettings(GPT2(model), OPTIMIZERS[self.optimizer], schedule, seed=3, ema_decay=0.5, **parts)
 
     @property
     def remat(self) -> str:
@@ -99,6 +101,7 @@ def train(mesh_shape: tuple[int, int, int], shape: Shape) -> tuple[TrainState, T
     return start, jax.device_get(state), losses
 
 
+MUON = Shape(4, optimizer="muon")
 QUICK = {((2, 2, 2), Shape(25))}
 
 
@@ -110,6 +113,7 @@ QUICK = {((2, 2, 2), Shape(25))}
             *((mesh_shape, Shape(heads)) for heads in HEADS for mesh_shape in MESHES),
             *((mesh_shape, Shape(4, frugal=True)) for mesh_shape in ((2, 2, 1), (1, 2, 2))),
             ((1, 2, 4), Shape(25, frugal=True)),
+            *((mesh_shape, MUON) for mesh_shape in ((2, 2, 2), (1, 8, 1))),
         ]
     ],
     ids=str,
@@ -124,9 +128,9 @@ def test_numbers_do_not_depend_on_the_mesh(mesh_shape: tuple[int, int, int], sha
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6)
 
 
-def test_a_run_goes_on_on_other_devices(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("shape", [Shape(25), pytest.param(MUON, marks=pytest.mark.slow)], ids=str)
+def test_a_run_goes_on_on_other_devices(tmp_path: pathlib.Path, shape: Shape) -> None:
     """Saved and restored on 8, 2, 1 and 4 devices in turn; two hosts are in test_two_processes.py."""
-    shape = Shape(25)
     settings = shape.settings
     want = train((1, 1, 1), shape)[2]
     stops = [0, 3, 5, 8, 10]

@@ -75,6 +75,27 @@ def test_sums_and_gradients(chunk: int) -> None:
     assert np.all(np.asarray(d_table_VD)[V:] == 0)
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_logits_that_are_left_in_16_bits(chunk: int) -> None:
+    """As training in 16 bits has them: rounded once, summed up in float32."""
+    x_BTD, table_VD, targets_BT, weights_BT = arrays()
+    x_BTD, rounded_VD = (array.astype(jnp.bfloat16) for array in (x_BTD, table_VD))
+    loss_sum, weight_sum = cross_entropy_sums(
+        jnp.asarray(x_BTD), table_VD[None], targets_BT, weights_BT, vocab_size=V, chunk=chunk, rounded=True
+    )
+    exact_BTV = x_BTD.astype(np.float64) @ rounded_VD[:V].astype(np.float64).T
+    target_BTV = np.eye(V)[targets_BT] * weights_BT[..., None]
+
+    def loss(logits_BTV: Any) -> float:
+        return -float((target_BTV * numpy_gpt2.log_softmax(logits_BTV)).sum())
+
+    wanted = loss(exact_BTV.astype(jnp.bfloat16).astype(np.float64))
+    assert loss_sum.dtype == jnp.float32
+    assert float(loss_sum) == pytest.approx(wanted, rel=1e-5)
+    assert abs(wanted / loss(exact_BTV) - 1) > 5e-5  # that they were rounded shows
+    assert float(weight_sum) == pytest.approx(weights_BT.sum(dtype=np.float64), rel=1e-6)
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_weights_that_are_all_zero(chunk: int) -> None:
     x_BTD, table_VD, targets_BT, weights_BT = arrays()

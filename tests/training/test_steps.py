@@ -254,6 +254,27 @@ def test_eval_step_equals_the_reference_and_ignores_dropout() -> None:
     assert float(metrics["loss_sum"] / metrics["weight_sum"]) == pytest.approx(loss, rel=1e-5)
 
 
+def donating(kind: str) -> StepSettings:
+    of = settings(dtype="float16") if kind == "float16" else settings()
+    if kind == "float16" or kind == "adamw":
+        return of
+    config = dataclasses.replace(OPTIMIZER_CONFIG, **{"muon": {"name": "muon"}, "bfloat16": {"mu_dtype": kind}}[kind])
+    return dataclasses.replace(of, optimizer=make_optimizer(config, STEPS))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "bfloat16", "float16"])
+def test_each_array_of_the_new_state_lies_where_the_old_one_was(kind: str) -> None:
+    """By the addresses in memory: no leaf of parameters, moments, average or counters is there twice."""
+    of = donating(kind)
+    state = jax.tree.map(jnp.copy, start(of))
+    before = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)}
+    new, _ = train_step(state, random_batch(), settings=of)
+    assert len(before) == len(jax.tree.leaves(new))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(new):
+        assert leaf.unsafe_buffer_pointer() in before, jax.tree_util.keystr(path)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 def test_dropout_follows_seed_and_step() -> None:
     def loss(seed: int, step: int) -> float:
         with_dropout = settings(rate=0.2, seed=seed)
