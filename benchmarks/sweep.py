@@ -23,6 +23,7 @@ from benchmarks.report import print_json, spread
 from gpt2_jax.cli.overrides import parse_overrides
 from gpt2_jax.config import RunConfig
 from gpt2_jax.config_file import load_config
+from gpt2_jax.errors import UsageError
 
 
 def train(config: RunConfig, core: int | None = None) -> dict[str, float]:
@@ -81,11 +82,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--at_a_time", type=int, default=len(os.sched_getaffinity(0)), help="runs, each on one core")
     flags, rest = parser.parse_known_args()
-    fixed = parse_overrides(rest, [])
     varied = {key: values.split(",") for key, _, values in (text.partition("=") for text in flags.vary)}
     tasks = variants(varied, flags.seeds)
-    for task in tasks:
-        load_config(flags.config, {**fixed, **task})  # a mistake shows before the first run
+    try:
+        fixed = parse_overrides(rest, [])
+        for task in tasks:
+            load_config(flags.config, {**fixed, **task})  # a mistake shows before the first run
+    except UsageError as error:
+        parser.error(str(error))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     cores = sorted(os.sched_getaffinity(0))
     done: list[dict[str, float]] = [{}] * len(tasks)

@@ -35,6 +35,7 @@ from gpt2_jax.cli.malloc import VARIABLE
 from gpt2_jax.cli.overrides import parse_overrides
 from gpt2_jax.config import OptimizerConfig, RunConfig
 from gpt2_jax.config_file import load_config
+from gpt2_jax.errors import UsageError
 from gpt2_jax.exchange.names import tensors_from_params
 from gpt2_jax.model.gpt2 import GPT2, init_params
 from gpt2_jax.run.hardware import flops_per_token
@@ -158,7 +159,10 @@ def main() -> None:
     unknown = [side for side in sides if side not in SIDES]
     if unknown:
         parser.error(f"--against={','.join(unknown)}; allowed: {', '.join(SIDES)}")
-    config = without_dropout(load_config(flags.config, parse_overrides(rest, [])), flags.vocab_size)
+    try:
+        config = without_dropout(load_config(flags.config, parse_overrides(rest, [])), flags.vocab_size)
+    except UsageError as error:
+        parser.error(str(error))
     if not config.model.vocab_size:
         parser.error(f"{flags.config} leaves the vocabulary to the tokenizer: give --vocab_size, such as 65 for chars")
     jax.config.update("jax_platforms", "cpu")
