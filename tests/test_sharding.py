@@ -212,6 +212,17 @@ def test_parameters_and_optimizer_state_are_split() -> None:
         assert leaf.sharding == kernel.sharding
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_save_is_restored_into_the_arrays_of_the_first_state(name: str) -> None:
+    mesh, settings = mesh_of(2, 2, 2), Shape(4, optimizer=name).settings
+    first = sharded_init(settings.model, settings.optimizer, 0, mesh, ema=True)
+    abstract = abstract_state(settings.model, settings.optimizer, mesh, ema=True)
+    assert jax.tree.structure(abstract) == jax.tree.structure(first)
+    for leaf, want in zip(jax.tree.leaves(abstract), jax.tree.leaves(first), strict=True):
+        assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype)
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
+
+
 def test_constraints_are_in_the_program_only_within_use_mesh() -> None:
     mesh, settings = mesh_of(4, 1, 2), Shape(4).settings
     tokens = np.zeros((8, 16), np.int32)

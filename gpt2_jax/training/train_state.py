@@ -73,11 +73,12 @@ def state_shardings(model: GPT2, optimizer: optax.GradientTransformation, mesh: 
 def abstract_state(model: GPT2, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> Any:
     """A tree like the state with shape, type and sharding of each leaf, to restore a checkpoint into."""
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, 0, ema=ema))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state_shardings(model, optimizer, mesh, ema=ema),
-    )
+
+    def placed(sharding: Any, part: Any) -> Any:
+        # Nothing, where a part of the optimizer leaves a parameter to another one.
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
+
+    return jax.tree.map(placed, state_shardings(model, optimizer, mesh, ema=ema), shapes)
 
 
 def _state(model: GPT2, optimizer: optax.GradientTransformation, params: Params, ema: bool) -> TrainState:
