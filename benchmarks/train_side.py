@@ -99,7 +99,7 @@ def our_step(config: RunConfig, weights: dict[str, np.ndarray]) -> tuple[Step, C
             for tokens_BT in tokens_NBT
         ]
         params = params_from_tensors(config.model, weights.__getitem__)
-        state = sharded_state(settings.model, settings.optimizer, params, mesh)
+        state = sharded_state(settings.model, settings.optimizer, params, mesh, ema=settings.ema_decay > 0)
     del params
     metrics: Any = None
 

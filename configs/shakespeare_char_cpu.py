@@ -28,7 +28,9 @@ def get_config():
             ),
             tokenizer=TokenizerConfig(name="chars"),
             data=DataConfig(source="text:input.txt", held_out=0.1),
-            optimizer=OptimizerConfig(name="muon", learning_rate=8e-3, warmup_steps=100, b2=0.99, end_fraction=0.025),
+            optimizer=OptimizerConfig(
+                name="muon", learning_rate=8e-3, warmup_steps=10, b2=0.99, end_fraction=0.025, ema_decay=0.98
+            ),
             train=TrainConfig(steps=2000, batch_size=12, log_every=50, eval_every=500),
             checkpoint=CheckpointConfig(every=500),
         )

@@ -75,12 +75,15 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Skippable:
     adamw  AdamW with bias correction (Loshchilov & Hutter 2019)
     muon   Muon (Jordan 2024) with a momentum of 0.95, its updates as large as AdamW's (Liu et al. 2025, "Muon is
            scalable for LLM training"), so that one learning rate serves both, for the kernels of the layers; AdamW for
-           all else
+           all else. Rows are scaled before the first of four iterations (Boissin et al. 2025, "Turbo-Muon"), which
+           end where five do after a division by the norm
     """
     adam = scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype)
     directions: optax.GradientTransformation = adam
     if config.name == "muon":
-        orthogonal = scale_by_muon(mu_dtype=config.mu_dtype, weight_dimension_numbers=muon_dimensions)
+        orthogonal = scale_by_muon(
+            ns_steps=4, preconditioning="aol", mu_dtype=config.mu_dtype, weight_dimension_numbers=muon_dimensions
+        )
         muon = skippable(optax.chain(orthogonal, optax.stateless(_as_large_as_adam)))
         directions = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
     optimizer = skippable_chain(
