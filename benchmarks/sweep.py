@@ -1,12 +1,12 @@
 """To which held-out loss do variants of a config train?
 
     python -m benchmarks.sweep --config=configs/shakespeare_char_cpu.py --config.data.source=text:input.txt \
-        --vary optimizer.learning_rate=2e-3,4e-3 --vary optimizer.name=adamw,muon --seeds=3
+        --vary optimizer.learning_rate=2e-3,4e-3 --vary optimizer.name=adamw,muon --seeds=3 --at=400
 
 Trains each combination of the values, with each seed, to `train.steps` as a run would, without saving anything, and
-prints the loss over all held-out text and the seconds that the steps took (compiling, and evaluating, left out). Two
-runs at a time, each with a core of its own, finish sooner than one after another with both. Prints a table and a JSON
-line.
+prints the loss over all held-out text, after the steps of `--at` too, and the seconds that the steps took (compiling,
+and evaluating, left out). Two runs at a time, each with a core of its own, finish sooner than one after another with
+both. Prints a table and a JSON line.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from gpt2_jax.config_file import load_config
 from gpt2_jax.errors import UsageError
 
 
-def train(config: RunConfig, core: int | None = None) -> dict[str, float]:
-    """Held-out loss in nats per token after the last step, and seconds of the steps but the first."""
+def train(config: RunConfig, core: int | None = None, at: tuple[int, ...] = ()) -> dict[str, float]:
+    """Held-out loss in nats per token after the last step and those of `at`, and seconds of the steps but the first."""
     if core is not None:
         os.sched_setaffinity(0, {core})
 
@@ -49,16 +49,25 @@ def train(config: RunConfig, core: int | None = None) -> dict[str, float]:
     settings = make_settings(config, mesh)
     with use_mesh(mesh):
         state = sharded_init(settings.model, settings.optimizer, config.seed, mesh, ema=config.optimizer.ema_decay > 0)
-        began = 0.0
+        began, evaluating = 0.0, 0.0
+
+        def loss() -> float:
+            return held_out_loss(state.eval_params, held_out_batches, model=settings.model, mesh=mesh)["held_out_loss"]
+
+        losses = {}
         for index, batch in train_batches.iterate(0, config.train.steps):
             state, _ = train_step(state, place_batch(batch, mesh), settings=settings)
             if index == 0:
                 jax.block_until_ready(state)
                 began = time.perf_counter()
+            if index + 1 in at:
+                jax.block_until_ready(state)
+                since = time.perf_counter()
+                losses[f"loss_at_{index + 1}"] = loss()
+                evaluating += time.perf_counter() - since
         jax.block_until_ready(state)
-        seconds = time.perf_counter() - began
-        loss = held_out_loss(state.eval_params, held_out_batches, model=settings.model, mesh=mesh)
-    return {"loss": loss["held_out_loss"], "seconds": seconds}
+        seconds = time.perf_counter() - began - evaluating
+        return {**losses, "loss": loss(), "seconds": seconds}
 
 
 def variants(varied: dict[str, list[str]], seeds: int) -> list[dict[str, str]]:
@@ -67,9 +76,9 @@ def variants(varied: dict[str, list[str]], seeds: int) -> list[dict[str, str]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def _one(task: tuple[str, dict[str, str], int | None]) -> dict[str, float]:
-    path, overrides, core = task
-    return train(load_config(path, overrides), core)
+def _one(task: tuple[str, dict[str, str], int | None, tuple[int, ...]]) -> dict[str, float]:
+    path, overrides, core, at = task
+    return train(load_config(path, overrides), core, at)
 
 
 def main() -> None:
@@ -80,18 +89,26 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE[,VALUE...]")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--at", default="", metavar="STEP[,STEP...]", help="after which steps to evaluate besides")
     parser.add_argument("--at_a_time", type=int, default=len(os.sched_getaffinity(0)), help="runs, each on one core")
     flags, rest = parser.parse_known_args()
     varied = {key: values.split(",") for key, _, values in (text.partition("=") for text in flags.vary)}
     tasks = variants(varied, flags.seeds)
     try:
+        at = tuple(int(step) for step in flags.at.split(",") if step)
+    except ValueError:
+        parser.error(f"--at={flags.at}: numbers of steps are wanted, with commas between")
+    try:
         fixed = parse_overrides(rest, [])
         for task in tasks:
-            load_config(flags.config, {**fixed, **task})  # a mistake shows before the first run
+            steps = load_config(flags.config, {**fixed, **task}).train.steps  # a mistake shows before the first run
+            if not all(1 <= step <= steps for step in at):
+                parser.error(f"--at={flags.at}: of steps 1 to train.steps={steps}")
     except UsageError as error:
         parser.error(str(error))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     cores = sorted(os.sched_getaffinity(0))
+    early = [f"loss_at_{step}" for step in at]
     done: list[dict[str, float]] = [{}] * len(tasks)
     results: dict[tuple[str, ...], list[dict[str, float]]] = {}
     with concurrent.futures.ProcessPoolExecutor(
@@ -104,7 +121,7 @@ def main() -> None:
             while todo and free:
                 number, task = todo.pop(0)
                 core = free.pop()
-                future = pool.submit(_one, (flags.config, {**fixed, **task}, core))
+                future = pool.submit(_one, (flags.config, {**fixed, **task}, core, at))
                 waiting[future] = (number, core)
             ended, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in ended:
@@ -112,13 +129,14 @@ def main() -> None:
                 free.append(core)
                 done[number] = future.result()
                 shown = " ".join(f"{key}={value}" for key, value in tasks[number].items())
-                print(f"{done[number]['loss']:.4f} {done[number]['seconds']:6.1f} s  {shown}", flush=True)
+                losses = " ".join(f"{done[number][name]:.4f}" for name in (*early, "loss"))
+                print(f"{losses} {done[number]['seconds']:6.1f} s  {shown}", flush=True)
     for task, figures in zip(tasks, done, strict=True):
         results.setdefault(tuple(task[key] for key in varied), []).append(figures)
     rows: list[dict[str, Any]] = [
         {
             **dict(zip(varied, values, strict=True)),
-            "loss": spread([one["loss"] for one in runs], 4),
+            **{name: spread([one[name] for one in runs], 4) for name in (*early, "loss")},
             "seconds": spread([one["seconds"] for one in runs], 1),
         }
         for values, runs in results.items()
