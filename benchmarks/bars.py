@@ -126,7 +126,7 @@ BARS = (
         4,
     ),
     Bar(
-        "held-out loss after the preset's 2,000 steps, mean of three seeds",
+        "held-out loss after the preset's 2,000 steps, mean of the seeds",
         "time_to_loss",
         lambda found: found["gpt2_jax"]["mean_last_loss"],
         1.78,
