@@ -4,9 +4,9 @@
     python train.py --config=configs/shakespeare_char_cpu.py --config.data.source=text:input.txt
 
 768 tokens per step, 1.5 million in all (1.5 epochs). Measured on two cores: held-out loss 1.59 on the whole tail of
-111,540 characters, 1.92 after 400 steps; 80 ms a step on a Xeon, half of it on Zen 5 (docs/numbers.md). nanoGPT
-publishes 1.88 on 20 random batches of it. Muon takes a quarter of the step; with AdamW (--config.optimizer.name=adamw)
-the loss is 1.76. Evaluation, samples and exports use the average of the parameters of about the last 50 steps.
+111,540 characters, 1.92 after 400 steps, at 80 ms a step on a Xeon (docs/numbers.md). nanoGPT publishes 1.88 on
+20 random batches of it. With AdamW at the same rate (--config.optimizer.name=adamw) it was 1.76, before parameters were
+averaged. Evaluation, samples and exports use the average of the parameters of about the last 50 steps.
 """
 
 from gpt2_jax.config import (

@@ -75,8 +75,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Skippable:
     adamw  AdamW with bias correction (Loshchilov & Hutter 2019)
     muon   Muon (Jordan 2024) with a momentum of 0.95, its updates as large as AdamW's (Liu et al. 2025, "Muon is
            scalable for LLM training"), so that one learning rate serves both, for the kernels of the layers; AdamW for
-           all else. Rows are scaled before the first of four iterations (Boissin et al. 2025, "Turbo-Muon"), which
-           end where five do after a division by the norm
+           all else. Rows are scaled before the first iteration (Boissin et al. 2025, "Turbo-Muon"), so that four are
+           enough (docs/numbers.md)
     """
     adam = scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype)
     directions: optax.GradientTransformation = adam
