@@ -177,7 +177,7 @@ class OptimizerConfig(_Section):
     warmup_steps: int = _key(100, "steps of linear warm-up", low=0)
     decay_steps: int = _key(0, "steps at the end in which wsd decays; 0 for the other schedules", low=0)
     end_fraction: float = _key(0.1, "rate at the last step, as a share of the peak", low=0, high=1)
-    b1: float = _key(0.9, "decay of Adam's first moment", low=0, below=1)
+    b1: float = _key(0.9, "decay of the first moment, Adam's and Muon's", low=0, below=1)
     b2: float = _key(0.95, "decay of Adam's second moment", low=0, below=1)
     mu_dtype: str = _key(
         "float32", "type in which Adam's first moment, or Muon's, is kept", choices=("float32", "bfloat16")

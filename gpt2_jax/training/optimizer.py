@@ -73,7 +73,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Skippable:
     """Global-norm clipping, then the optimizer, over `steps` updates.
 
     adamw  AdamW with bias correction (Loshchilov & Hutter 2019)
-    muon   Muon (Jordan 2024) with a momentum of 0.95, its updates as large as AdamW's (Liu et al. 2025, "Muon is
+    muon   Muon (Jordan 2024) with a momentum of `b1`, its updates as large as AdamW's (Liu et al. 2025, "Muon is
            scalable for LLM training"), so that one learning rate serves both, for the kernels of the layers; AdamW for
            all else. Rows are scaled before the first iteration (Boissin et al. 2025, "Turbo-Muon"), so that four are
            enough (docs/numbers.md)
@@ -82,7 +82,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> Skippable:
     directions: optax.GradientTransformation = adam
     if config.name == "muon":
         orthogonal = scale_by_muon(
-            ns_steps=4, preconditioning="aol", mu_dtype=config.mu_dtype, weight_dimension_numbers=muon_dimensions
+            beta=config.b1,
+            ns_steps=4,
+            preconditioning="aol",
+            mu_dtype=config.mu_dtype,
+            weight_dimension_numbers=muon_dimensions,
         )
         muon = skippable(optax.chain(orthogonal, optax.stateless(_as_large_as_adam)))
         directions = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)

@@ -241,7 +241,8 @@ def matrices(name: str, stacked: np.ndarray) -> list[np.ndarray]:
 
 def test_muon_equals_hand_arithmetic() -> None:
     """Of each kernel, per layer and third, Muon by hand; all else moves as under AdamW."""
-    config = dataclasses.replace(CONFIG, name="muon", clip_norm=0.0, schedule="constant", warmup_steps=0)
+    b1 = 0.8
+    config = dataclasses.replace(CONFIG, name="muon", b1=b1, clip_norm=0.0, schedule="constant", warmup_steps=0)
     gradients = [random_gradients(seed, 0.1) for seed in range(3)]
     actual, start = run(config, gradients), numpy_gpt2.leaves(small_params())
     adamw = run(dataclasses.replace(config, name="adamw"), gradients)
@@ -253,8 +254,8 @@ def test_muon_equals_hand_arithmetic() -> None:
         moment = np.zeros_like(expected)
         for count, grads in enumerate(gradients, 1):
             grad = numpy_gpt2.leaves(grads)[name]
-            moment = 0.95 * moment + 0.05 * grad
-            nesterov = 0.95 * moment / (1 - 0.95 ** (count + 1)) + 0.05 * grad / (1 - 0.95**count)
+            moment = b1 * moment + (1 - b1) * grad
+            nesterov = b1 * moment / (1 - b1 ** (count + 1)) + (1 - b1) * grad / (1 - b1**count)
             update = np.empty_like(nesterov)
             for part, one in zip(matrices(name, update), matrices(name, nesterov), strict=True):
                 part[...] = orthogonalised(one) * 0.2 * math.sqrt(max(one.shape))
