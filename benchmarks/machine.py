@@ -68,7 +68,7 @@ def peak_memory() -> int:
 
 
 class OtherPrograms:
-    """Processor time that everything but this process takes, from the moment this is made. Linux only."""
+    """Processor time of all but this process and the children it waited for, from when this is made. Linux only."""
 
     def __init__(self) -> None:
         self._began, self._others = time.perf_counter(), _seconds_of_others()
@@ -81,6 +81,6 @@ class OtherPrograms:
 def _seconds_of_others() -> float:
     with open("/proc/stat") as file:
         user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
-    own = resource.getrusage(resource.RUSAGE_SELF)
+    ours = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return busy - own.ru_utime - own.ru_stime
+    return busy - sum(used.ru_utime + used.ru_stime for used in ours)
