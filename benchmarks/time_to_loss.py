@@ -4,7 +4,7 @@
 
 Tiny Shakespeare by characters on a CPU. Theirs is `benchmarks.torch_shakespeare`: the time is from the start of the
 process to the end of its 2,000 steps, its loss that over the whole held-out tail. Ours is `train.py` with
-configs/shakespeare_char_cpu.py, whose rate, warm-up, average and optimizer were chosen by the same tail, a warm cache
+configs/shakespeare_char_cpu.py, whose settings were chosen by the same tail (docs/numbers.md), a warm cache
 of compiled programs and prepared tokens, as after a first run: a run that evaluates often tells after which step the
 loss over the whole tail is theirs; another one, which does not evaluate until then, how long it takes to come to that
 step. By turns; one in which other programs took more than a tenth of a core is repeated, at most twice. Medians and

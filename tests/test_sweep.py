@@ -32,7 +32,11 @@ def sweep(*flags: str) -> subprocess.CompletedProcess[str]:
 def test_a_loss_on_the_way_is_that_of_a_run_that_ends_there(tmp_path: pathlib.Path) -> None:
     """With a constant rate; that it was evaluated on the way changes nothing that comes after."""
     (tmp_path / "corpus.txt").write_text(" ".join(str(number * number) for number in range(4000)))
-    constant = ("--config.optimizer.schedule=constant", f"--config.data.source=text:{tmp_path / 'corpus.txt'}")
+    constant = (
+        "--config.optimizer.schedule=constant",
+        "--config.optimizer.warmup_steps=2",
+        f"--config.data.source=text:{tmp_path / 'corpus.txt'}",
+    )
     done = sweep(*constant, "--vary", "train.steps=12,24", "--at=6,12")
     assert done.returncode == 0, done.stderr[-3000:]
     short, long = sorted(json.loads(done.stdout.splitlines()[-1])["results"], key=lambda row: int(row["train.steps"]))
@@ -42,6 +46,6 @@ def test_a_loss_on_the_way_is_that_of_a_run_that_ends_there(tmp_path: pathlib.Pa
 
 
 def test_steps_that_a_run_does_not_make_are_refused() -> None:
-    done = sweep("--config.train.steps=24", "--at=12,25")
+    done = sweep("--config.train.steps=100", "--at=12,101")
     assert done.returncode == 2
-    assert "--at=12,25: of steps 1 to train.steps=24" in done.stderr
+    assert "--at=12,101: of steps 1 to train.steps=100" in done.stderr
