@@ -3,8 +3,9 @@
     python -m benchmarks.train ... | tee -a figures.txt          # and the others
     python -m benchmarks.bars --machine=A docs/numbers.md figures.txt [figures-of-another-python.txt]
 
-Each file holds what one Python printed; of several runs of one benchmark the last counts. Between the two marks of the
-machine in the document the table is written anew; what was not measured is left empty.
+Each file holds what one Python printed, the first one the newest; of the others nine tenths of a bar are asked. Of several
+runs of one benchmark the last counts. Between the two marks of the machine in the document the table is written anew;
+what was not measured is left empty.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+_OTHERS = 0.9  # of a bar, for a Python that is not the newest
 MARK = "<!-- bars of machine {machine}: {place} -->"
 Figures = dict[str, Any]
 
@@ -152,22 +154,23 @@ def read_figures(lines: Iterable[str]) -> dict[str, Figures]:
 
 
 def table(columns: dict[str, dict[str, Figures]]) -> str:
-    """Markdown; `columns` are figures by the name of a Python."""
+    """Markdown; `columns` are figures by the name of a Python, the newest first."""
     rows = [["what", *columns, "bar", "strive"], ["---"] * (len(columns) + 3)]
     for bar in BARS:
         sign = "at most " if bar.at_most else ""
-        cells = [_cell(bar, figures) for figures in columns.values()]
+        shares = [1.0, *[_OTHERS] * (len(columns) - 1)]
+        cells = [_cell(bar, figures, share) for figures, share in zip(columns.values(), shares, strict=True)]
         rows.append([bar.name, *cells, f"{sign}{bar.bar:g}", f"{bar.strive:g}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cell(bar: Bar, figures: dict[str, Figures]) -> str:
+def _cell(bar: Bar, figures: dict[str, Figures], share: float) -> str:
     try:
         value = bar.figure(figures[bar.benchmark])
     except (KeyError, StopIteration):
         return ""
     median = value["median"] if isinstance(value, dict) else value
-    met = median <= bar.bar if bar.at_most else median >= bar.bar
+    met = median <= bar.bar / share if bar.at_most else median >= bar.bar * share
     spread = f" ({value['min']:g} to {value['max']:g})" if isinstance(value, dict) else ""
     return f"{median:g}{spread}" + ("" if met else ", missed")
 
