@@ -3,9 +3,9 @@
     python -m benchmarks.train ... | tee -a figures.txt          # and the others
     python -m benchmarks.bars --machine=A docs/numbers.md figures.txt [figures-of-another-python.txt]
 
-Each file holds what one Python printed, the first one the newest; of the others nine tenths of a bar are asked. Of several
-runs of one benchmark the last counts. Between the two marks of the machine in the document the table is written anew;
-what was not measured is left empty.
+Each file holds what one Python printed, the first one the newest; of the others nine tenths of a bar are asked. Of
+several runs of one benchmark the last counts. Between the two marks of the machine in the document the table is written
+anew; what was not measured is left empty.
 """
 
 import argparse
