@@ -3,9 +3,9 @@
     python -m benchmarks.train ... | tee -a figures.txt          # and the others
     python -m benchmarks.bars --machine=A docs/numbers.md figures.txt [figures-of-another-python.txt]
 
-Each file holds what one Python printed, the first one the newest; of the others nine tenths of a bar are asked. Of
-several runs of one benchmark the last counts. Between the two marks of the machine in the document the table is written
-anew; what was not measured is left empty.
+Each file holds what one Python printed; of several runs of one benchmark the last counts. Of Pythons that are not the
+newest nine tenths of a bar are asked (where less is better, a ninth more is allowed). Between the two marks of the
+machine in the document the table is written anew; what was not measured is left empty.
 """
 
 import argparse
@@ -154,14 +154,19 @@ def read_figures(lines: Iterable[str]) -> dict[str, Figures]:
 
 
 def table(columns: dict[str, dict[str, Figures]]) -> str:
-    """Markdown; `columns` are figures by the name of a Python, the newest first."""
-    rows = [["what", *columns, "bar", "strive"], ["---"] * (len(columns) + 3)]
+    """Markdown; `columns` are figures by the version of a Python."""
+    newest = max(columns, key=lambda version: [int(part) for part in version.split(".")])
+    names = [f"Python {version}, jax {_machine(figures)['versions']['jax']}" for version, figures in columns.items()]
+    rows = [["what", *names, "bar", "strive"], ["---"] * (len(columns) + 3)]
     for bar in BARS:
         sign = "at most " if bar.at_most else ""
-        shares = [1.0, *[_OTHERS] * (len(columns) - 1)]
-        cells = [_cell(bar, figures, share) for figures, share in zip(columns.values(), shares, strict=True)]
+        cells = [_cell(bar, figures, 1.0 if version == newest else _OTHERS) for version, figures in columns.items()]
         rows.append([bar.name, *cells, f"{sign}{bar.bar:g}", f"{bar.strive:g}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _machine(figures: dict[str, Figures]) -> dict[str, Any]:
+    return next(one["machine"] for one in figures.values() if "machine" in one)
 
 
 def _cell(bar: Bar, figures: dict[str, Figures], share: float) -> str:
@@ -185,8 +190,7 @@ def main() -> None:
     columns = {}
     for file in flags.figures:
         found = read_figures(file.read_text("utf-8").splitlines())
-        machine = next(figures["machine"] for figures in found.values() if "machine" in figures)
-        columns[f"Python {machine['python']}, jax {machine['versions']['jax']}"] = found
+        columns[_machine(found)["python"]] = found
     text = flags.document.read_text("utf-8")
     first, last = (MARK.format(machine=flags.machine, place=place) for place in ("begin", "end"))
     before, begin, rest = text.partition(first)

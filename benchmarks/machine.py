@@ -68,7 +68,10 @@ def peak_memory() -> int:
 
 
 class OtherPrograms:
-    """Processor time of all but this process and the children it waited for, from when this is made. Linux only."""
+    """Processor time of all but this process and the children it waited for, from when this is made. Linux only.
+
+    Children count as its own if they start and end in between.
+    """
 
     def __init__(self) -> None:
         self._began, self._others = time.perf_counter(), _seconds_of_others()

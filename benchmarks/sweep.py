@@ -4,9 +4,9 @@
         --vary optimizer.learning_rate=2e-3,4e-3 --vary optimizer.name=adamw,muon --seeds=3 --at=400
 
 Trains each combination of the values, with each seed, to `train.steps` as a run would, without saving anything, and
-prints the loss over all held-out text, after the steps of `--at` too, and the seconds that the steps took (compiling,
-and evaluating, left out). Two runs at a time, each with a core of its own, finish sooner than one after another with
-both. Prints a table and a JSON line.
+prints the held-out loss as the run would (`train.eval_windows`), after the steps of `--at` too, and the seconds that
+the steps took (compiling, and evaluating, left out). Two runs at a time, each with a core of its own, finish sooner
+than one after another with both. Prints a table and a JSON line.
 """
 
 import argparse

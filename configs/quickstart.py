@@ -3,7 +3,7 @@
     python train.py --config=configs/quickstart.py
 
 2,048 tokens per step, 1.6 million in all (0.4 epochs), by 2,048 merges learned from the text.
-Measured on two cores, tokenizing and compiling included: 2 to 4 minutes, held-out loss 3.4 (docs/numbers.md).
+Measured on two cores of a Xeon, tokenizing and compiling included: 3.5 minutes, held-out loss 3.4 (docs/numbers.md).
 """
 
 from gpt2_jax.config import (
