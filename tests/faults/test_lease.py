@@ -75,6 +75,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def overwrite(lease: pathlib.Path, text: str) -> None:
+    """Not emptied before, as a holder renews it: who reads it meanwhile finds the old one or the new one."""
+    with lease.open("r+") as file:
+        file.write(text)
+
+
 @contextlib.contextmanager
 def renewed(renew: Callable[[int], None]) -> Iterator[None]:
     """A machine far away, that raises the counter of its lease."""
@@ -277,7 +283,7 @@ def test_a_lease_of_another_host_that_is_renewed(tmp_path: pathlib.Path, capsys:
     put(tmp_path, elsewhere())
     rhythm = dataclasses.replace(FINDING, lapse=SECONDS)
     with (
-        renewed(lambda count: lease.write_text(json.dumps(elsewhere(renewals=count)))),
+        renewed(lambda count: overwrite(lease, json.dumps(elsewhere(renewals=count)))),
         pytest.raises(UsageError, match=re.escape(f"--workdir={tmp_path}: ")) as raised,
         take(tmp_path, rhythm),
     ):
