@@ -155,7 +155,7 @@ def read_figures(lines: Iterable[str]) -> dict[str, Figures]:
 
 def table(columns: dict[str, dict[str, Figures]]) -> str:
     """Markdown; `columns` are figures by the version of a Python."""
-    newest = max(columns, key=lambda version: [int(part) for part in version.split(".")])
+    newest = max(columns, key=lambda version: [int(part) for part in version.split(".")[:2]])
     names = [f"Python {version}, jax {_machine(figures)['versions']['jax']}" for version, figures in columns.items()]
     rows = [["what", *names, "bar", "strive"], ["---"] * (len(columns) + 3)]
     for bar in BARS:
@@ -190,7 +190,10 @@ def main() -> None:
     columns = {}
     for file in flags.figures:
         found = read_figures(file.read_text("utf-8").splitlines())
-        columns[_machine(found)["python"]] = found
+        version = _machine(found)["python"]
+        if version in columns:
+            raise SystemExit(f"{file}: a second file of Python {version}; one per Python: put both into one file")
+        columns[version] = found
     text = flags.document.read_text("utf-8")
     first, last = (MARK.format(machine=flags.machine, place=place) for place in ("begin", "end"))
     before, begin, rest = text.partition(first)
