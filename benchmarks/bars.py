@@ -26,7 +26,7 @@ class Bar:
 
     Attributes:
       name: what is measured.
-      benchmark: which one prints it, with the config's name for `train`.
+      benchmark: which one prints it; for `train` with the config's name and the tokens of a step.
       figure: from its JSON line.
       bar: at least (or at most).
       strive: better still.
@@ -56,7 +56,7 @@ def _decoded(rows: int) -> Callable[[Figures], Any]:
     )
 
 
-_CPU, _CHAR, _GPT2 = "train shakespeare_char_cpu", "train shakespeare_char", "train gpt2_124m"
+_CPU, _CHAR, _GPT2 = "train shakespeare_char_cpu 768", "train shakespeare_char 4096", "train gpt2_124m 512"
 BARS = (
     Bar("train with AdamW, nanoGPT's CPU shape, times torch eager", _CPU, _against("torch"), 1.45, 2.2),
     Bar("train, nanoGPT's GPU shape for characters, batch 16, times torch eager", _CHAR, _against("torch"), 1.5, 2.1),
@@ -106,7 +106,7 @@ BARS = (
     ),
     Bar("steps of train.py over bare steps", "loop", lambda found: found["over_bare"], 1.03, 1.005, at_most=True),
     Bar(
-        "loader, times 0.5 million tokens/s",
+        "loader on one core, times 0.5 million tokens/s",
         "loader",
         lambda found: {name: round(rate / 5e5, 1) for name, rate in found["tokens_per_second"].items()},
         10,
@@ -144,9 +144,10 @@ def read_figures(lines: Iterable[str]) -> dict[str, Figures]:
     for line in lines:
         if line.startswith('{"benchmark"'):
             figures = json.loads(line)
-            config = f" {pathlib.Path(figures['config']).stem}" if figures["benchmark"] == "train" else ""
+            name = figures["benchmark"]
+            if name == "train":
+                name += f" {pathlib.Path(figures['config']).stem} {figures['tokens_per_step']}"
             # One run may ask only for some sides.
-            name = figures["benchmark"] + config
             if "sides" in figures and name in found:
                 figures["sides"] = found[name]["sides"] | figures["sides"]
             found[name] = {**found.get(name, {}), **figures}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.loader --context_length 1024 --batch_size 32
 
-Prepares random ids once, in a temporary folder, and takes batches through the prefetching iterator in rounds. Prints a
-table and a JSON line.
+Prepares random ids once, in a temporary folder, and takes batches through the prefetching iterator in rounds, on one
+core unless `--threads` says otherwise. Prints a table and a JSON line.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 
+from benchmarks.machine import keep_to_cores
 from benchmarks.report import print_json, spread
 from gpt2_jax.data.batches import TrainBatches
 from gpt2_jax.data.prepare import prepare
@@ -43,11 +44,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=200, help="of each round")
+    parser.add_argument("--threads", type=int, default=1, help="cores, for reading ahead and for taking")
     flags = parser.parse_args()
+    keep_to_cores(flags.threads)
     result = measure(flags.context_length, flags.batch_size, flags.rounds, flags.steps)
     rate = result["tokens_per_second"]
     print(f"tokens/s {rate['median']:,} ({rate['min']:,} to {rate['max']:,})")
-    print_json("loader", **result)
+    print_json("loader", threads=flags.threads, **result)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import gpt2_jax
+from gpt2_jax.cli.main import COMMANDS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -62,6 +63,12 @@ def test_package_and_help_are_light() -> None:
     assert not modules_after("import gpt2_jax; gpt2_jax.__version__") & {"jax", "numpy"}
     script = "from gpt2_jax.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     assert not modules_after(script) & {"jax", "numpy", "tiktoken"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_needs_no_jax(command: str) -> None:
+    script = f"from gpt2_jax.cli.main import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+    assert not modules_after(script) & {"jax", "orbax", "grain", "tensorflow", "torch"}
 
 
 def test_preparing_data_needs_no_jax(tmp_path: pathlib.Path) -> None:

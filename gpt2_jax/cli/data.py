@@ -3,15 +3,16 @@
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt2_jax.cli.quiet_logs import quiet_logs
-from gpt2_jax.data.origins import Documents, Row, rows_of_batch
 from gpt2_jax.errors import UsageError
 from gpt2_jax.remote_folder import address_of
-from gpt2_jax.run.run_data import cut_train_batches, data_of_run
 from gpt2_jax.run.run_folder import folder_to_read, read_config, read_data, read_skipped
 from gpt2_jax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gpt2_jax.data.origins import Row
 
 _CHARACTERS = 300
 
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the rows."""
     quiet_logs()
+    # Imported late, so that `--help` loads no JAX.
+    from gpt2_jax.data.origins import Documents, rows_of_batch
+    from gpt2_jax.run.run_data import cut_train_batches, data_of_run
+
     if arguments.chars is not None and arguments.chars < 0:
         raise UsageError(f"--chars={arguments.chars}: give 0 (all) or more")
     folder = folder_to_read(arguments.workdir)
@@ -71,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _as_json(step: int, batch: int, number: int, row: Row, tokenizer: Tokenizer, chars: int | None) -> str:
+def _as_json(step: int, batch: int, number: int, row: "Row", tokenizer: Tokenizer, chars: int | None) -> str:
     pieces = None
     if row.pieces is not None:
         pieces = [{"document": part.document, "offset": part.offset, "tokens": part.tokens} for part in row.pieces]
@@ -87,7 +92,7 @@ def _as_json(step: int, batch: int, number: int, row: Row, tokenizer: Tokenizer,
     return json.dumps(line, ensure_ascii=False)
 
 
-def _as_text(step: int, batch: int, number: int, row: Row, tokenizer: Tokenizer, chars: int | None) -> str:
+def _as_text(step: int, batch: int, number: int, row: "Row", tokenizer: Tokenizer, chars: int | None) -> str:
     places = ""
     if row.pieces:
         listed = ", ".join(

@@ -300,14 +300,6 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation(terminal: tuple[subpr
     assert process.wait(60) == 0
 
 
-def test_help_needs_no_jax() -> None:
-    script = "import sys; from gpt2_jax.cli.main import main; main(['generate', '--help'])"
-    check = f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); {script}"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("False\n")
-    assert "--max_new_tokens" in done.stdout
-
-
 def test_the_run_folder_is_not_changed(model: pathlib.Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in model.rglob("*")}
     here("--model", model, "--prompt=1", "--max_new_tokens=2")

@@ -247,6 +247,47 @@ def test_microbatches_and_chunks_change_no_step() -> None:
         assert np.linalg.norm(values - expected[name]) < 1e-3 * moved, name
 
 
+@functools.cache
+def ten_losses(optimizer: str, microbatches: int = 1, loss_chunk: int = 0, **of_model: Any) -> list[float]:
+    """With a step in one piece and nothing recomputed, unless other is asked for."""
+    config = dataclasses.replace(OPTIMIZER_CONFIG, name=optimizer)
+    plain = {"remat": "none", "scan_unroll": 1}
+    of = StepSettings(
+        model=GPT2(dataclasses.replace(MODEL_CONFIG, **{**plain, **of_model})),
+        optimizer=make_optimizer(config, 10),
+        schedule=learning_rate_schedule(config, 10),
+        seed=0,
+        microbatches=microbatches,
+        loss_chunk=loss_chunk,
+        ema_decay=EMA_DECAY,
+    )
+    state, losses = start(of), []
+    for index in range(10):
+        state, metrics = train_step(state, random_batch(index % 3), settings=of)
+        losses.append(float(metrics["loss_sum"] / metrics["weight_sum"]))
+    return losses
+
+
+ALL_FASTER = {"scan_unroll": 2, "remat": "dots", "loss_chunk": 8, "microbatches": 3}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "faster"),
+    [
+        ("adamw", {"scan_unroll": 2}),
+        ("adamw", {"remat": "full"}),
+        ("adamw", {"loss_chunk": 4}),
+        ("adamw", ALL_FASTER),
+        ("muon", ALL_FASTER),
+    ],
+    ids=str,
+)
+def test_ten_losses_equal_those_of_the_plain_step(optimizer: str, faster: dict[str, Any]) -> None:
+    plain = ten_losses(optimizer)
+    assert plain[-1] < plain[0] - 0.1
+    assert ten_losses(optimizer, **faster) == pytest.approx(plain, rel=1e-5)
+
+
 def test_eval_step_equals_the_reference_and_ignores_dropout() -> None:
     loss, _ = reference_loss_and_gradients(random_params(), random_batch())
     metrics = eval_step(random_params(), random_batch(), model=settings(rate=0.5).model, loss_chunk=8)
