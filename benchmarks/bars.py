@@ -26,7 +26,8 @@ class Bar:
 
     Attributes:
       name: what is measured.
-      benchmark: which one prints it; for `train` with the config's name and the tokens of a step.
+      benchmark: which one prints it; for `train` with the config's name and the tokens of a step, for
+        `loader` with its cores.
       figure: from its JSON line.
       bar: at least (or at most).
       strive: better still.
@@ -107,7 +108,7 @@ BARS = (
     Bar("steps of train.py over bare steps", "loop", lambda found: found["over_bare"], 1.03, 1.005, at_most=True),
     Bar(
         "loader on one core, times 0.5 million tokens/s",
-        "loader",
+        "loader 1",
         lambda found: {name: round(rate / 5e5, 1) for name, rate in found["tokens_per_second"].items()},
         10,
         40,
@@ -147,6 +148,8 @@ def read_figures(lines: Iterable[str]) -> dict[str, Figures]:
             name = figures["benchmark"]
             if name == "train":
                 name += f" {pathlib.Path(figures['config']).stem} {figures['tokens_per_step']}"
+            if name == "loader":
+                name += f" {figures['threads']}"
             # One run may ask only for some sides.
             if "sides" in figures and name in found:
                 figures["sides"] = found[name]["sides"] | figures["sides"]

@@ -26,10 +26,10 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
-def of_python(script: str, *arguments: str) -> float:
+def of_python(script: str) -> float:
     """Seconds of a process."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, env=_ENVIRONMENT)
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=_ENVIRONMENT)
     return time.perf_counter() - began
 
 

@@ -59,9 +59,12 @@ def test_of_several_runs_the_last_counts_for_each_side() -> None:
 
 def test_other_sizes_than_the_bar_names_do_not_count() -> None:
     other = train("3.13.0", torch=3.0).replace('"tokens_per_step": 512', '"tokens_per_step": 8192')
-    assert rows_of({"3.13.0": [other, line("3.13.0", "memory", ratio=1)]})[
-        "train, 124M, 2 x 256, times torch eager"
-    ] == ["", "2.1", "2.8"]
+    on_two_cores = line("3.13.0", "loader", threads=2, tokens_per_second=spread(6e6))
+    rows = rows_of({"3.13.0": [other, on_two_cores]})
+    assert rows["train, 124M, 2 x 256, times torch eager"] == ["", "2.1", "2.8"]
+    assert rows["loader on one core, times 0.5 million tokens/s"] == ["", "10", "40"]
+    on_one = rows_of({"3.13.0": [line("3.13.0", "loader", threads=1, tokens_per_second=spread(6e6))]})
+    assert on_one["loader on one core, times 0.5 million tokens/s"][0] == "12 (12 to 12)"
 
 
 def test_only_what_is_between_the_marks_is_replaced(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

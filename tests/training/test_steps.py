@@ -252,14 +252,11 @@ def ten_losses(optimizer: str, microbatches: int = 1, loss_chunk: int = 0, **of_
     """With a step in one piece and nothing recomputed, unless other is asked for."""
     config = dataclasses.replace(OPTIMIZER_CONFIG, name=optimizer)
     plain = {"remat": "none", "scan_unroll": 1}
-    of = StepSettings(
+    of = dataclasses.replace(
+        settings(microbatches=microbatches, loss_chunk=loss_chunk),
         model=GPT2(dataclasses.replace(MODEL_CONFIG, **{**plain, **of_model})),
         optimizer=make_optimizer(config, 10),
         schedule=learning_rate_schedule(config, 10),
-        seed=0,
-        microbatches=microbatches,
-        loss_chunk=loss_chunk,
-        ema_decay=EMA_DECAY,
     )
     state, losses = start(of), []
     for index in range(10):
